@@ -1,0 +1,75 @@
+"""Loads source files as modules and puts what goes wrong in one sentence. Used in child processes only."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from triton_sft_pipeline.verification.interpreter import is_unsupported
+from triton_sft_pipeline.verification.values import UnsupportedValueError
+from triton_sft_pipeline.verification.verdict import Finding
+
+_MAX_DETAIL = 600
+
+
+def load_code(file: Path, name: str) -> ModuleType:
+    """Execute a source file as the module `name`. It must stay on disk: Triton reads the text of its kernels again."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def explain(error: BaseException, file: Path) -> str:
+    """The error in one sentence, with the line of `file` that it came from."""
+    root = _root_of(error)
+    lines = [frame.lineno for frame in traceback.extract_tb(root.__traceback__) if frame.filename == str(file)]
+    place = f"line {lines[-1]} of {file.name}: " if lines else ""
+    message = " ".join(str(root).split())[:_MAX_DETAIL]
+    return f"{place}{type(root).__name__}: {message}".rstrip(": .") + "."
+
+
+def classify(error: BaseException, file: Path) -> Finding:
+    """The verdict for an exception that escaped from kernel code."""
+    detail = explain(error, file)
+    if isinstance(error, SystemExit):
+        return Finding("early_exit", f"The kernel code ended its process: {detail}")
+    if isinstance(error, ImportError):
+        return Finding("import_error", detail)
+    if is_unsupported(_root_of(error)):
+        return Finding("unsupported_on_cpu", detail)
+    if isinstance(error, UnsupportedValueError):
+        return Finding("lazy_output", f"The kernel returns {error}; return plain tensors.")
+    if _is_out_of_memory(error):
+        return Finding("resource_limit", f"Out of memory: {detail}")
+    if _is_from_triton(error):
+        return Finding("compile_error", detail)
+    return Finding("runtime_error", detail)
+
+
+def _root_of(error: BaseException) -> BaseException:
+    # Triton's interpreter wraps what went wrong inside a kernel; its cause is what a person can act on.
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_from_triton(error: BaseException) -> bool:
+    from triton.errors import TritonError
+
+    # A compiled kernel cannot raise, so an exception from inside one, which the interpreter wraps, is one that the compiler would raise.
+    return isinstance(error, TritonError)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
