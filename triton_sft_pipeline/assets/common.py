@@ -1,0 +1,67 @@
+"""What the asset modules share: the group, the launchpad's trial settings, and how a trace is shown."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from triton_sft_pipeline.config import Config, load_config
+
+GROUP = "triton_sft"
+"""One group for all: the lineage page shows the nodes of one group at once and folds several."""
+
+
+SOURCE = "reasoning_traces"
+"""Key of the observed source: whatever `TRITON_SFT_TRACES` names."""
+
+
+class TrialConfig(dg.Config):
+    """Settings for this run alone, from the launchpad."""
+
+    overrides: dict[str, Any] = Field(
+        {},
+        description='Settings by dotted name, such as {"filter.min_speedup": 1.2}. They are recorded with the artifact, and `triton-sft refresh` '
+        "counts an artifact made with them as stale.",
+    )
+
+
+def settings_for(active: Config, trial: TrialConfig) -> Config:
+    """The active configuration, or a trial's variation of it."""
+    return load_config(preset=active.preset, overrides=trial.overrides) if trial.overrides else active
+
+
+def source_markdown(title: str, pytorch_code: str, reasoning: str, triton_code: str) -> str:
+    """A trace as a person reads it: the module, the reasoning, the kernel."""
+    quoted = "\n".join(f"> {line}" for line in reasoning.strip().splitlines())
+    return (
+        f"#### {title}\n\n```python\n{pytorch_code.strip()}\n```\n\n{quoted}\n\n```python\n{triton_code.strip()}\n```"
+    )
+
+
+HOST_TAG, PROCESS_TAG = "triton_sft/host", "triton_sft/process"
+
+
+def sign_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> None:
+    """Write on the run which process works on it, so that a killed one can be told from a slow one."""
+    tags = {HOST_TAG: socket.gethostname(), PROCESS_TAG: _process_stamp(os.getpid())}
+    context.instance.add_run_tags(context.run.run_id, tags)
+
+
+def process_is_alive(stamp: str) -> bool:
+    """Whether the process of a stamp is still there and not another one under the same number."""
+    pid = stamp.split(":")[0]
+    return pid.isdigit() and _process_stamp(int(pid)) == stamp
+
+
+def _process_stamp(pid: int) -> str:
+    """`pid:start time in clock ticks`, from /proc (see proc_pid_stat(5), field 22); empty when there is no such process."""
+    try:
+        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else f"{pid}:{fields[19]}"

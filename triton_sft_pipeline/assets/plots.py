@@ -1,0 +1,91 @@
+"""Pictures and tables for the metadata of assets: plain data in, Markdown with an inlined PNG out.
+
+About 5 x 3 inches at 90 dpi: the UI shows larger ones cut off.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+INK, ACCENT, MUTED, WARN = "#2b3440", "#3b6fd4", "#b8c2cf", "#d4733b"
+
+
+def funnel_markdown(funnel: Mapping[str, Any]) -> str:
+    """Bars of what became of the records that were read, and the same as a table."""
+    rows = [("kept", funnel["kept"], ACCENT)]
+    rows += [(reason, count, WARN) for reason, count in funnel["dropped"].items()]
+    rows += [(reason, count, MUTED) for reason, count in funnel["quarantined"].items()]
+    table = ["| what became of them | records |", "|---|---:|", f"| **read** | **{funnel['read']:,}** |"]
+    kinds = {ACCENT: "", WARN: "dropped: ", MUTED: "quarantined: "}
+    table += [f"| {kinds[color]}{name} | {count:,} |" for name, count, color in rows]
+
+    def draw(axes: Any) -> None:
+        names = [name for name, _, _ in rows][::-1]
+        counts = [count for _, count, _ in rows][::-1]
+        bars = axes.barh(names, counts, color=[color for _, _, color in rows][::-1])
+        axes.bar_label(bars, padding=3, color=INK)
+        axes.set_title(f"{funnel['read']:,} records read")
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return image(draw, height=1.2 + 0.32 * len(rows)) + "\n\n" + "\n".join(table)
+
+
+def histogram_markdown(values: Mapping[str, Sequence[int]], title: str, limit: int) -> str:
+    """Histogram of one or more named series, with a line at `limit`."""
+
+    def draw(axes: Any) -> None:
+        names = [name for name in values if values[name]]
+        colors = [ACCENT, WARN][: len(names)]
+        axes.hist([values[n] for n in names], bins=24, stacked=True, label=names, color=colors)
+        axes.axvline(limit, color=INK, linestyle="--", linewidth=1, label=f"budget {limit:,}")
+        axes.set_title(title)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return image(draw)
+
+
+def curves_markdown(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str) -> str:
+    """Named curves of (x, y) points: the loss of a training run."""
+
+    def draw(axes: Any) -> None:
+        for (name, points), color in zip(curves.items(), (ACCENT, WARN, INK), strict=False):
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, color=color, marker="o" if len(points) < 15 else None)
+        axes.set_title(title)
+        axes.set_xlabel(x)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    return image(draw)
+
+
+def image(draw: Callable[[Any], None], height: float = 3.0) -> str:
+    """What `draw` puts on an axes, as Markdown."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, height), dpi=90, layout="constrained")
+    draw(figure.subplots())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return png_markdown(buffer.getvalue())
+
+
+def png_markdown(png: bytes) -> str:
+    """A PNG as Markdown that needs no file."""
+    return f"![plot](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def table_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; pipes and line breaks in cells are made harmless."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,69 @@
+"""Checks that can be re-run alone, from the UI or by `dagster asset materialize --select 'check:...'`: they look at what is current and change nothing."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from triton_sft_pipeline.assets.common import sign_run
+from triton_sft_pipeline.assets.gates import told_plainly
+from triton_sft_pipeline.assets.plots import table_markdown
+from triton_sft_pipeline.config import Config
+from triton_sft_pipeline.files import hash_json
+from triton_sft_pipeline.resources import JudgeResource, StoreResource
+from triton_sft_pipeline.traces import Trace, read_kept
+
+if TYPE_CHECKING:
+    from triton_sft_pipeline.verification import KernelJudge, Verdict
+
+SAMPLE = 8
+"""Enough to notice a file whose labels are wrong throughout, and seconds even in the interpreter."""
+
+UNKNOWN = frozenset({"unsupported_on_cpu", "infra_error", "reference_error", "degenerate_task", "timeout"})
+"""Verdicts that say nothing against a label: this machine could not find out."""
+
+
+def build_checks(active: Config) -> list[dg.AssetChecksDefinition]:
+    """The stand-alone checks under this configuration."""
+
+    @dg.asset_check(
+        asset="filtered_traces",
+        name="labels_reproduce",
+        pool="gpu",
+        description=f"Warns when the judge does not agree with the labels of {SAMPLE} kept traces, chosen by hash. On a CPU it judges in Triton's "
+        "interpreter: correctness alone.",
+    )
+    def labels_reproduce(context: dg.AssetCheckExecutionContext, judge: JudgeResource, store: StoreResource) -> dg.AssetCheckResult:
+        sign_run(context)
+        with told_plainly():
+            kept = read_kept(store.open().require("filtered_traces").path)
+            sample = sorted(kept, key=lambda t: hash_json(t.version))[:SAMPLE]
+            with judge.open(active) as opened:
+                return labels_result(sample, _judge(sample, opened))
+
+    return [labels_reproduce]
+
+
+def labels_result(sample: list[Trace], verdicts: dict[str, "Verdict"]) -> dg.AssetCheckResult:
+    """Compare labels with verdicts, {version of the trace: verdict}."""
+    known = [t for t in sample if verdicts[t.version].verdict not in UNKNOWN]
+    differing = [t for t in known if bool(t.correctness) != verdicts[t.version].correctness]
+    rows = [[t.sample_key, t.correctness, verdicts[t.version].verdict, verdicts[t.version].detail] for t in sample]
+    told = f"{len(known) - len(differing)} of {len(known)} labels hold; {len(sample) - len(known)} could not be checked on this machine."
+    return dg.AssetCheckResult(
+        passed=not differing,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=told + (f" The first that does not: {differing[0].sample_key}." if differing else ""),
+        metadata={
+            "share_that_holds": (len(known) - len(differing)) / len(known) if known else 0.0,
+            "verdicts": dg.MetadataValue.md(table_markdown(["trace", "labelled correct", "verdict", "why"], rows)),
+            "counts": dict(Counter(v.verdict for v in verdicts.values())),
+        },
+    )
+
+
+def _judge(sample: list[Trace], judge: "KernelJudge") -> dict[str, "Verdict"]:
+    from triton_sft_pipeline.verification import JudgeItem
+
+    items = [JudgeItem(key=t.version, pytorch_code=t.pytorch_code, triton_code=t.triton_code) for t in sample]
+    return {verdict.key: verdict for verdict in judge.verify_many(items)}

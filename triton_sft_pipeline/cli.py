@@ -1,0 +1,342 @@
+"""`triton-sft`: the same rooms from a shell. Every command is a few lines over a room; what is printed fits 80 columns.
+
+Exit codes: 0 done or nothing to do; 1 a step failed or a gate held something back; 2 usage or input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from triton_sft_pipeline.config import Config, load_config, parse_overrides, storage_root, traces_location
+from triton_sft_pipeline.errors import PipelineError
+
+PATH = click.Path(path_type=Path)
+
+
+def configured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The three options that choose a configuration."""
+    command = click.option("--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.")(command)
+    command = click.option("--config", "config_file", type=PATH, help="YAML file of settings (default: TRITON_SFT_CONFIG).")(command)
+    return click.option("--preset", help="Preset to build on (default: TRITON_SFT_PRESET, else tiny).")(command)
+
+
+def _config(preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> Config:
+    return load_config(preset=preset, file=config_file, overrides=parse_overrides(sets))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(package_name="triton-sft-pipeline")
+def cli() -> None:
+    """Turn verified reasoning traces into a model that writes Triton kernels.
+
+    \b
+    The whole pipeline, only what is stale:   triton-sft refresh
+    One step at a time:                       triton-sft filter | dataset build
+                                              | train | evaluate | infer
+    Are these kernels any good?               triton-sft verify traces.json
+    """
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Say what would run and why; run nothing.")
+@configured
+def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> None:
+    """Materialise the Dagster assets that are stale, and nothing else.
+
+    Observes the traces (TRITON_SFT_TRACES, else the shipped sample), then runs one wave after another until nothing is stale. What failed is not tried
+    again, and what is below it is held back.
+
+    \b
+    Exit code 0  refreshed, or nothing to do
+              1  a step failed or a gate held something back
+              2  usage or input
+    """
+    config = _config(preset, config_file, sets)
+
+    from triton_sft_pipeline.definitions import build_definitions
+    from triton_sft_pipeline.files import read_json
+    from triton_sft_pipeline.progress import on_a_terminal
+    from triton_sft_pipeline.refresh import open_instance
+    from triton_sft_pipeline.refresh import refresh as run
+    from triton_sft_pipeline.resources import GPUResource
+    from triton_sft_pipeline.storage import ArtifactStore
+
+    store = ArtifactStore(storage_root())
+    with open_instance() as instance:
+        outcome = run(
+            instance,
+            build_definitions(config),
+            config,
+            store,
+            say=_say,
+            dry_run=dry_run,
+            resources={"gpu": GPUResource(progress=on_a_terminal())},
+        )
+    if dry_run:
+        return
+    if not outcome.ran and not outcome.failed:
+        _say("Nothing to do: everything is up to date.")
+    for key in outcome.held_back:
+        _say(f"held back: {key}, because something above it failed")
+    report = store.current("evaluation_report")
+    if report and not outcome.failed:
+        _say(f"\nreport  {store.current_link('evaluation_report') / 'report.html'}")
+        _say(read_json(report.path / "report.json")["headline"])
+    sys.exit(outcome.exit_code)
+
+
+@cli.command("filter")
+@click.argument("inputs", nargs=-1, type=PATH)
+@click.option("--out", required=True, type=PATH, help="Directory to write to.")
+@click.option("--require-fast-1", is_flag=True, help="Keep only speedups above 1.0.")
+@click.option("--require-fast-2", is_flag=True, help="Keep only speedups of at least 2.0.")
+@click.option("--min-speedup", type=float, help="Keep only speedups of at least this.")
+@click.option("--min-traces", type=int, help="Exit with 1 when fewer are kept (default 10).")
+@click.option("--strict", is_flag=True, help="Refuse a file that breaks off (exit code 2).")
+@click.option("--dry-run", is_flag=True, help="Print the funnel; write nothing.")
+@configured
+def filter_command(
+    inputs: tuple[Path, ...],
+    out: Path,
+    dry_run: bool,
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Keep the traces worth training on: INPUTS are files or folders.
+
+    Without INPUTS: TRITON_SFT_TRACES, else the shipped sample. Writes filtered_traces.parquet, dropped.jsonl (each with its first reason),
+    quarantine.jsonl (what was no trace) and funnel.json.
+    """
+    from triton_sft_pipeline.config import held_out_fingerprints
+    from triton_sft_pipeline.traces import describe, filter_location, write_filtered
+
+    given = {f"filter.{name}": value for name, value in flags.items() if value is not None and value is not False}
+    config = load_config(preset=preset, file=config_file, overrides={**parse_overrides(sets), **given})
+    filtered = filter_location(list(inputs) or [traces_location()], config.filter, held_out_fingerprints(config))
+    _say(describe(filtered))
+    if not dry_run:
+        write_filtered(filtered, out)
+        _say(f"written to {out}")
+    if len(filtered.kept) < config.filter.min_traces:
+        _fail(f"min_traces: {len(filtered.kept)} traces are kept, at least {config.filter.min_traces} are wanted. {out / 'dropped.jsonl'} says why.", 1)
+
+
+@cli.group()
+def dataset() -> None:
+    """The chat dataset that training reads."""
+
+
+@dataset.command("build")
+@click.argument("filtered", required=False, type=PATH)
+@click.option("--out", required=True, type=PATH, help="Directory to write train.parquet and test.parquet to.")
+@configured
+def dataset_build(filtered: Path | None, out: Path, preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> None:
+    """Build train.parquet and test.parquet from FILTERED.
+
+    FILTERED is a directory that `triton-sft filter` wrote; without it, the current filtered_traces. The token budget is the preset's
+    training.max_length: a longer sample is dropped with a reason, never cut.
+    """
+    from triton_sft_pipeline.api import write_chat_dataset
+    from triton_sft_pipeline.storage import ArtifactStore
+    from triton_sft_pipeline.traces import read_kept
+
+    config = _config(preset, config_file, sets)
+    source = filtered or ArtifactStore(storage_root()).require("filtered_traces").path
+    write_chat_dataset(config, read_kept(source), out)
+
+
+@cli.command()
+@click.option("--traces", type=PATH, help="Traces to filter and train on (default: TRITON_SFT_TRACES).")
+@click.option("--dataset", "dataset_dir", type=PATH, help="Train on this chat dataset instead.")
+@click.option("--out", type=PATH, help="Output directory (default: sft_output under storage).")
+@click.option("--dry-run", is_flag=True, help="Print the settings; train nothing.")
+@configured
+def train(
+    traces: Path | None,
+    dataset_dir: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+) -> None:
+    """Filter, build the dataset and train, without Dagster.
+
+    Writes an adapter that AutoPeftModelForCausalLM.from_pretrained loads. Started again after a kill, it goes on from its last checkpoint.
+    """
+    from triton_sft_pipeline.api import OUTPUT, train_adapter, train_from_traces
+
+    config = _config(preset, config_file, sets)
+    out = out or storage_root() / OUTPUT
+    if dry_run:
+        import yaml
+
+        _say(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    elif dataset_dir:
+        train_adapter(config, dataset_dir, out)
+    else:
+        train_from_traces(config, traces or traces_location(), out)
+
+
+@cli.command()
+@click.argument("traces", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=PATH, help="JSON Lines, one verdict a record; an existing file is gone on with.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="cpu is Triton's interpreter.")
+@click.option("--workers", type=click.IntRange(min=1), help="Kernels judged beside each other (default: by cores).")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds a kernel may take.")
+@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on.")
+@click.option("--no-timing", is_flag=True, help="Correctness alone.")
+@click.option("--relabel", type=PATH, metavar="OUT.json", help="Also write the traces with measured results.")
+def verify(
+    traces: tuple[Path, ...],
+    out: Path,
+    device: str,
+    workers: int | None,
+    timeout: float,
+    trials: int,
+    no_timing: bool,
+    relabel: Path | None,
+) -> None:
+    """Judge every kernel of TRACES (files or folders).
+
+    A record needs only pytorch_code and triton_code. Killed and started again with the same --out, it goes on where it was.
+    """
+    from triton_sft_pipeline.labels import judge_records, read_judgeable, write_relabelled
+    from triton_sft_pipeline.progress import progress_bar
+    from triton_sft_pipeline.verification import KernelJudge
+
+    records, refused = read_judgeable(list(traces))
+    for sentence in refused:
+        click.echo(f"not judged: {sentence}", err=True)
+    judge = KernelJudge(device=device, workers=workers, timeout_s=timeout, trials=trials, timing=not no_timing)
+    with judge, progress_bar("kernels") as progress:
+        verdicts = judge_records(records, judge, out, progress)
+    for verdict, count in Counter(v.verdict for v in verdicts.values()).most_common():
+        _say(f"{verdict:<24} {count:>7,}")
+    _say(f"{'records':<24} {len(verdicts):>7,}  {out}")
+    if relabel:
+        write_relabelled(records, verdicts, relabel)
+        _say(f"relabelled  {relabel}")
+
+
+@cli.command()
+@click.option("--adapter", type=PATH, help="Adapter directory; without one the base model alone is evaluated.")
+@click.option("--problems", required=True, type=PATH, help="Folder of KernelBench-format files, or a .jsonl file.")
+@click.option("--samples", type=click.IntRange(min=1), help="Answers a problem (default: the preset's).")
+@click.option("--out", required=True, type=PATH, help="Directory to write the report to.")
+@configured
+def evaluate(
+    adapter: Path | None,
+    problems: Path,
+    samples: int | None,
+    out: Path,
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+) -> None:
+    """Generate kernels for PROBLEMS, judge them, and write a report.
+
+    Writes report.html, report.md and report.json, and the generations and verdicts behind them.
+    """
+    from triton_sft_pipeline.evaluation import write_report
+    from triton_sft_pipeline.evaluation.run import evaluate_splits
+    from triton_sft_pipeline.problems import hash_problems, load_problems
+    from triton_sft_pipeline.progress import progress_bar
+    from triton_sft_pipeline.resources import GPUResource, JudgeResource
+
+    config = _config(preset, config_file, (*sets, *([f"evaluation.samples={samples}"] if samples else [])))
+    asked = load_problems(problems)
+    facts = {"preset": config.preset, "base_model": config.model.base_model, "problems": str(problems)}
+    if adapter:
+        facts["adapter"] = str(adapter)
+    facts["problems_version"] = hash_problems(asked)
+    with (
+        GPUResource().model(config, adapter) as (model, tokenizer),
+        JudgeResource().open(config) as judge,
+        progress_bar("answers and verdicts") as progress,
+    ):
+        report = evaluate_splits(
+            model,
+            tokenizer,
+            {"held_out": asked},
+            config.evaluation,
+            judge=judge,
+            out=out,
+            facts=facts,
+            notes=[config.note],
+            has_adapter=adapter is not None,
+            progress=progress,
+        )
+    write_report(report, out)
+    _say(report["headline"])
+    _say(f"report  {out / 'report.html'}")
+
+
+@cli.command()
+@click.argument("file", type=click.File("rb"))
+@click.option("--adapter", type=PATH, help="Adapter directory (default: the current lora_adapter).")
+@click.option("--out", type=PATH, help="Also write the kernel to this file.")
+def infer(file: Any, adapter: Path | None, out: Path | None) -> None:
+    """Ask the tuned model for a kernel for FILE ('-': standard input)."""
+    from triton_sft_pipeline.api import inference
+    from triton_sft_pipeline.chat.prompt import parse_answer
+    from triton_sft_pipeline.files import atomic_write_text
+
+    try:
+        pytorch_code = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{file.name}: not UTF-8 text ({error}).") from error
+    answer = inference(pytorch_code, adapter)
+    _say(answer)
+    code = parse_answer(answer).code
+    if out and code:
+        atomic_write_text(out, code + "\n")
+    if code is None:
+        _fail("the answer holds no kernel.", 1)
+
+
+def _say(text: str) -> None:
+    click.echo(text)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    click.echo(f"triton-sft: {message}", err=True)
+    sys.exit(exit_code)
+
+
+def main() -> None:
+    """The entry point: errors meant for a person are printed as one, everything else names itself and how to see more."""
+    try:
+        cli(standalone_mode=False)
+    except PipelineError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was finished is kept.", 130)
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if os.environ.get("TRITON_SFT_DEBUG"):
+            raise
+        _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error), 1)
+    except Exception as error:
+        if os.environ.get("TRITON_SFT_DEBUG"):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}\nThis is a bug; TRITON_SFT_DEBUG=1 shows where.", 1)
+
+
+if __name__ == "__main__":
+    main()

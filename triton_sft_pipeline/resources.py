@@ -1,0 +1,104 @@
+"""What assets are handed by Dagster: the GPU with its model and trainer, the kernel judge, and the place of the artifacts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from triton_sft_pipeline.config import Config, load_config, storage_root
+from triton_sft_pipeline.storage import ArtifactStore
+
+if TYPE_CHECKING:
+    from triton_sft_pipeline.training.trainer import TrainingRun
+    from triton_sft_pipeline.verification import KernelJudge
+
+
+class StoreResource(dg.ConfigurableResource):
+    """Where artifacts are read from and promoted to."""
+
+    root: str = Field("", description="Directory of the artifacts; empty: TRITON_SFT_HOME, else `storage` of the checkout.")
+
+    def open(self) -> ArtifactStore:
+        """The store under `root`."""
+        return ArtifactStore(Path(self.root) if self.root else storage_root())
+
+
+class GPUResource(dg.ConfigurableResource):
+    """The device that trains and generates: it loads the 4-bit model and drives the SFTTrainer, in the step's own process.
+
+    Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from one asset to the next: each
+    loads what it needs and frees it.
+    """
+
+    preset: str = Field("", description="For a trial: another preset than the active one (TRITON_SFT_PRESET, the configuration file, or tiny).")
+    overrides: dict[str, Any] = Field(
+        {},
+        description='For a trial: settings by dotted name, such as {"training.learning_rate": 1e-4}. They are recorded with the adapter, and '
+        "`triton-sft refresh` counts an adapter made with them as stale.",
+    )
+    progress: bool = Field(False, description="Show progress bars on the terminal. Leave it off under the web server, which stores every line.")
+
+    def settings(self, active: Config) -> Config:
+        """The configuration that this resource stands for: the active one, unless a trial says otherwise.
+
+        Raises:
+            PipelineError: an unknown preset or field.
+        """
+        if not self.preset and not self.overrides:
+            return active
+        return load_config(preset=self.preset or active.preset, overrides=self.overrides)
+
+    @contextmanager
+    def model(self, config: Config, adapter: Path | None = None) -> Iterator[tuple[Any, Any]]:
+        """The model, with `adapter` on it when one is given, and its tokenizer. Its memory is given back afterwards."""
+        from triton_sft_pipeline.training.model import load_model_and_tokenizer
+
+        loaded = list(load_model_and_tokenizer(config.model, adapter))
+        try:
+            yield loaded[0], loaded[1]
+        finally:
+            loaded.clear()
+            free_device_memory()
+
+    def train(self, config: Config, dataset: Path, output: Path, on_log: Callable[[int, dict[str, float]], None]) -> TrainingRun:
+        """Fine-tune the base model on the dataset directory `dataset`; goes on from the last checkpoint in `output`."""
+        from triton_sft_pipeline.training.run import train_on_dataset
+
+        return train_on_dataset(config.model, config.lora, config.training, dataset, output, on_log=on_log, progress=self.progress)
+
+
+class JudgeResource(dg.ConfigurableResource):
+    """The kernel judge: runs a kernel beside its PyTorch reference and says what it is worth."""
+
+    device: str = Field("", description="cuda, or cpu (Triton's interpreter: correctness without speed); empty: evaluation.judge_device.")
+    workers: int | None = Field(None, description="Kernels judged beside each other; null: by the number of cores.")
+
+    @contextmanager
+    def open(self, config: Config) -> Iterator[KernelJudge]:
+        """A judge with the limits of `config.evaluation`; none of its processes outlives the block."""
+        from triton_sft_pipeline.verification import KernelJudge
+
+        limits = config.evaluation
+        with KernelJudge(
+            device=self.device or limits.judge_device,
+            workers=self.workers,
+            timeout_s=limits.judge_timeout_s,
+            trials=limits.judge_trials,
+            timing=limits.timing,
+        ) as judge:
+            yield judge
+
+
+def free_device_memory() -> None:
+    """Give cached device memory back: the judge's workers, or the next step, need it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,30 @@
+"""What every test stands on: its own storage, no settings of the user who runs it, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Libraries read these when they are imported, so a fixture would be too late.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+settings.register_profile("house", deadline=None, derandomize=True, database=None)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Artifacts and Dagster's own files go to a directory of the test; settings in the environment are gone. Returns the storage root."""
+    for name in os.environ:
+        if name.startswith("TRITON_SFT_") and name != "TRITON_SFT_REAL_TRACES":
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("home")
+    (home / "dagster").mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
+    monkeypatch.setenv("TRITON_SFT_HOME", str(home / "storage"))
+    return home / "storage"

@@ -1,0 +1,190 @@
+"""Only what is stale runs again: waves on one real instance."""
+
+import socket
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+
+from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG
+from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.files import read_json
+from triton_sft_pipeline.refresh import PARENTS
+from triton_sft_pipeline.traces.funnel import DROPPED_FILE
+from triton_sft_pipeline_tests.pipeline.harness import Pipeline, RecordedGPU, sample_traces
+
+EVERYTHING = ["filtered_traces", "chat_dataset", "lora_adapter", "evaluation_report"]
+
+
+def test_the_parents_that_refresh_knows_are_those_of_the_definitions(pipeline: Pipeline) -> None:
+    graph = pipeline.definitions.resolve_asset_graph()
+    found = {
+        key.to_user_string(): {p.to_user_string() for p in graph.get(key).parent_keys} for key in graph.materializable_asset_keys
+    }
+    assert found == {key: set(parents) for key, parents in PARENTS.items()}
+
+
+def test_a_first_refresh_runs_everything_in_order_and_a_second_one_nothing(pipeline: Pipeline) -> None:
+    assert pipeline.refresh().ran == EVERYTHING
+    second = pipeline.refresh()
+    assert (second.ran, second.exit_code) == ([], 0)
+
+
+def test_a_trace_added_that_the_filter_drops_runs_the_filter_alone(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    wrong = next(t for t in sample_traces() if t.get("result") and not t["result"]["correctness"])
+    pipeline.write([wrong, *sample_traces()])
+    assert pipeline.refresh().ran == ["filtered_traces"]
+    assert pipeline.refresh().ran == []
+
+
+def test_an_edited_trace_runs_everything_below_it(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    traces = sample_traces()
+    traces[0]["model_reasoning"] += " One more thought."
+    pipeline.write(traces)
+    assert pipeline.refresh().ran == EVERYTHING
+
+
+def test_a_changed_hyper_parameter_runs_training_and_evaluation_alone(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    pipeline.configure(training__learning_rate=1e-4)
+    assert pipeline.refresh().ran == ["lora_adapter", "evaluation_report"]
+
+
+def test_a_changed_evaluation_setting_runs_the_evaluation_alone(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    pipeline.configure(evaluation__judge_trials=2)
+    assert pipeline.refresh().ran == ["evaluation_report"]
+
+
+def test_a_changed_filter_setting_that_keeps_the_same_traces_stops_there(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    pipeline.configure(filter__min_share_kept=0.1)
+    assert pipeline.refresh().ran == ["filtered_traces"]
+
+
+def test_a_failed_gate_promotes_nothing_holds_everything_back_and_shows_in_the_log(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    before = pipeline.current("filtered_traces")
+    pipeline.write(sample_traces()[:5])
+    outcome = pipeline.refresh()
+    assert (outcome.ran, list(outcome.failed), outcome.exit_code) == ([], ["filtered_traces"], 1)
+    assert outcome.held_back == EVERYTHING[1:]
+    assert "min_traces" in outcome.failed["filtered_traces"]
+    assert pipeline.current("filtered_traces") == before
+    check = dg.AssetCheckKey(dg.AssetKey("filtered_traces"), "min_traces")
+    latest = pipeline.instance.event_log_storage.get_latest_asset_check_execution_by_key([check])[check]
+    assert latest.status.value == "FAILED"
+    assert "filtered_traces" in pipeline.stale()
+
+
+def test_after_a_failed_gate_the_mended_traces_run_only_what_differs(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    pipeline.write(sample_traces()[:5])
+    pipeline.refresh()
+    pipeline.write(sample_traces())
+    assert pipeline.refresh().ran in ([], ["filtered_traces"])
+    assert pipeline.stale() == {}
+
+
+def test_traces_of_which_none_is_correct_fail_the_correctness_gate(pipeline: Pipeline) -> None:
+    traces = [t for t in sample_traces() if t.get("result")]
+    for trace in traces:
+        trace["result"]["correctness"] = False
+    pipeline.write(traces)
+    outcome = pipeline.refresh()
+    assert "correctness: " in outcome.failed["filtered_traces"]
+    assert pipeline.store.current("filtered_traces") is None
+
+
+def test_a_kept_trace_without_fast_0_fails_its_gate_and_is_named(pipeline: Pipeline) -> None:
+    traces = sample_traces()
+    traces[0]["result"]["fast_0"] = False
+    pipeline.write(traces)
+    pipeline.configure(filter__require_fast_0=False)
+    failure = pipeline.refresh().failed["filtered_traces"]
+    assert "fast_0: 1 of" in failure
+    assert traces[0]["sample_key"] in failure
+
+
+def test_a_diverged_training_is_not_promoted_and_not_evaluated(pipeline: Pipeline) -> None:
+    pipeline.resources["gpu"] = RecordedGPU(loss=float("nan"))
+    outcome = pipeline.refresh()
+    assert list(outcome.failed) == ["lora_adapter"]
+    assert outcome.held_back == ["evaluation_report"]
+    assert pipeline.store.current("lora_adapter") is None
+
+
+def test_a_promoted_adapter_holds_no_checkpoints(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    names = {p.name for p in pipeline.store.require("lora_adapter").path.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not [n for n in names if n.startswith("checkpoint")]
+
+
+def test_an_adapter_of_a_trial_counts_as_stale(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    trial = {"resources": {"gpu": {"config": {"overrides": {"training.epochs": 1}}}}}
+    assets, resources = pipeline.definitions.assets or [], {**(pipeline.definitions.resources or {}), **pipeline.resources}
+    result = dg.materialize(list(assets), selection=["lora_adapter"], instance=pipeline.instance, resources=resources, run_config=trial)
+    assert result.success
+    assert pipeline.store.require("lora_adapter").record["configuration"]["training"]["epochs"] == 1
+    assert "another configuration" in pipeline.stale()["lora_adapter"]
+    assert pipeline.refresh().ran == ["lora_adapter"]
+
+
+def test_an_artifact_that_is_gone_is_made_again(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    (pipeline.store.root / "chat_dataset" / "current").unlink()
+    assert pipeline.refresh().ran == ["chat_dataset"]
+
+
+def test_traces_that_are_not_there_are_bad_input_and_nothing_is_recorded(pipeline: Pipeline) -> None:
+    pipeline.traces.unlink()
+    with pytest.raises(PipelineError, match=r"traces\.json: no such file"):
+        pipeline.refresh()
+    assert pipeline.instance.get_latest_data_version_record(dg.AssetKey("reasoning_traces")) is None
+
+
+def test_a_dry_run_says_what_would_run_and_runs_nothing(pipeline: Pipeline) -> None:
+    pipeline.refresh(dry_run=True)
+    assert pipeline.store.current("filtered_traces") is None
+    assert any(line.startswith("would run filtered_traces") for line in pipeline.said)
+
+
+def test_the_run_of_a_killed_process_is_marked_failed_and_gives_its_place_back(pipeline: Pipeline) -> None:
+    pipeline.instance.event_log_storage.initialize_concurrency_limit_to_default("gpu")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    tags = {HOST_TAG: socket.gethostname(), PROCESS_TAG: f"{process.pid}:1"}
+    run = pipeline.instance.create_run_for_job(
+        pipeline.definitions.resolve_implicit_global_asset_job_def(), status=dg.DagsterRunStatus.STARTED, tags=tags
+    )
+    pipeline.instance.event_log_storage.claim_concurrency_slot("gpu", run.run_id, "lora_adapter")
+    pipeline.refresh()
+    assert pipeline.instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
+    assert pipeline.instance.event_log_storage.get_concurrency_info("gpu").active_run_ids == set()
+
+
+def test_what_was_dropped_lies_beside_what_was_kept_with_its_reason(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    artifact = pipeline.store.require("filtered_traces")
+    assert (artifact.path / DROPPED_FILE).read_text().count("\n") == sum(artifact.record["funnel"]["dropped"].values())
+
+
+def test_the_report_counts_seen_and_held_out_apart(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    report = read_json(pipeline.store.current_link("evaluation_report") / "report.json")
+    for model in ("base", "tuned"):
+        for split in ("seen", "held_out"):
+            assert report[model][split]["verified"] == 0
+            assert report[model][split]["n"] > 0
+
+
+def test_the_live_loss_curve_is_observed_on_the_adapter(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    records = pipeline.instance.fetch_observations(dg.AssetKey("lora_adapter"), limit=10).records
+    losses = [r.asset_observation.metadata["loss"].value for r in records]
+    assert losses == [0.5, 2.0]
