@@ -1,7 +1,8 @@
 """Tells whether two problems are the same: a hash of what a module computes, blind to how it is written down.
 
-Used to keep all traces of one problem on one side of a split, and held-out problems out of the training data. It does not see through
-renamed variables or reordered statements: two problems with one fingerprint are the same, two with different ones may still be alike.
+Used to keep all traces of one problem on one side of a split, and held-out problems out of the training data. It does
+not see through renamed variables or reordered statements: two problems with one fingerprint are the same, two with
+different ones may still be alike.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 def fingerprint(pytorch_code: str) -> str:
     """Hex SHA-256 of the module's normalised syntax tree.
 
-    These do not matter: comments, docstrings, formatting, annotations, the names of classes, how a library is imported (`nn.ReLU` and
-    `torch.nn.ReLU`), `get_inputs` and `get_init_inputs`, and top-level names that only those used (such as `batch_size`).
-    Text that does not parse is hashed with its white space collapsed.
+    These do not matter: comments, docstrings, formatting, annotations, the names of classes, how a library is imported
+    (`nn.ReLU` and `torch.nn.ReLU`), `get_inputs` and `get_init_inputs`, and top-level names that only those used (such
+    as `batch_size`). Text that does not parse is hashed with its white space collapsed.
     """
     try:
         tree = ast.parse(pytorch_code)
         normal_form = _outline(_Normaliser(tree).visit(_without_inputs(tree)))
-    except (SyntaxError, ValueError, RecursionError):
+    # The parser raises MemoryError, and what walks its tree RecursionError, for expressions that are nested too deep.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         normal_form = re.sub(r"\s+", " ", pytorch_code).strip()
     return sha256_bytes(normal_form.encode("utf-8", "surrogatepass"))
 
@@ -42,7 +44,12 @@ def _without_inputs(tree: ast.Module) -> ast.Module:
     """Drop the input functions, the script part and then everything that nothing refers to any more; classes stay."""
     body = [node for node in tree.body if not _is_dropped(node)]
     while True:
-        used = {name.id for node in body for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
+        used = {
+            name.id
+            for node in body
+            for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)
+        }
         kept = [node for node in body if _bound_names(node) is None or _bound_names(node) & used]  # type: ignore[operator]
         if len(kept) == len(body):
             return ast.Module(body=body, type_ignores=[])
@@ -136,10 +143,13 @@ def _import_target(alias: ast.alias) -> str:
 
 
 def _outline(node: object) -> str:
-    """The tree as text, the same in every Python version, unlike `ast.dump`: newer ones have more fields, which are left out when empty."""
+    """The tree as text, the same in every Python version: newer ones add fields, but empty fields are left out."""
     if isinstance(node, ast.AST):
-        fields = ((name, getattr(node, name, None)) for name in node._fields if name not in ("ctx", "kind", "type_comment"))
-        return f"{type(node).__name__}({', '.join(f'{name}={_outline(value)}' for name, value in fields if value not in (None, []))})"
+        fields = (
+            (name, getattr(node, name, None)) for name in node._fields if name not in ("ctx", "kind", "type_comment")
+        )
+        written = [f"{name}={_outline(value)}" for name, value in fields if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(written)})"
     if isinstance(node, list):
         return f"[{', '.join(_outline(item) for item in node)}]"
     return repr(node)

@@ -25,7 +25,8 @@ class Problem:
 
     Attributes:
         key: unique within one file or folder; the file's stem, or the record's `key` or `sample_key`.
-        pytorch_code: source text that defines an nn.Module, `get_inputs()` and, when the module takes arguments, `get_init_inputs()`.
+        pytorch_code: source text that defines an nn.Module, `get_inputs()` and, when the module takes arguments,
+            `get_init_inputs()`.
         source: where the problem comes from, such as "kernelbench"; empty when unknown.
         level: KernelBench's level, 1 to 4.
         name: a readable name.
@@ -42,11 +43,12 @@ def load_problems(path: Path) -> list[Problem]:
     """Load every problem under `path`.
 
     Args:
-        path: a folder of `*.py` files (taken in the order of their names; a leading underscore or dot hides a file), one `.py` file, or a
-            `.jsonl` file with `pytorch_code` and `key` (or `sample_key`) on each line.
+        path: a folder of `*.py` files (taken in the order of their names; a leading underscore or dot hides a file),
+            one `.py` file, or a `.jsonl` file with `pytorch_code` and `key` (or `sample_key`) on each line.
 
     Raises:
-        PipelineError: nothing there, a file that cannot be read, or a problem without a module or without `get_inputs()`.
+        PipelineError: nothing there, a file that cannot be read, or a problem without a module or without
+            `get_inputs()`.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,7 +57,9 @@ def load_problems(path: Path) -> list[Problem]:
             raise PipelineError(f"{path} holds no problems: put KernelBench-format *.py files there.")
         return [_problem_from_file(file) for file in files]
     if not path.is_file():
-        raise PipelineError(f"There are no problems at {path}: name a folder of *.py files, a .py file or a .jsonl file.")
+        raise PipelineError(
+            f"There are no problems at {path}: name a folder of *.py files, a .py file or a .jsonl file."
+        )
     if path.suffix == ".py":
         return [_problem_from_file(path)]
     if path.suffix == ".jsonl":
@@ -85,7 +89,9 @@ def _problems_from_jsonl(file: Path) -> list[Problem]:
         place = f"{file}, line {number}"
         problem = _problem_from_record(_read_record(line, place), place)
         if problem.key in line_of_key:
-            raise PipelineError(f"{place}: the key {problem.key!r} is on line {line_of_key[problem.key]} already; keys must be unique.")
+            raise PipelineError(
+                f"{place}: the key {problem.key!r} is on line {line_of_key[problem.key]} already; keys must be unique."
+            )
         line_of_key[problem.key] = number
         problems.append(problem)
     if not problems:
@@ -132,11 +138,13 @@ def _check_runnable(code: str, place: str) -> None:
     """Refuse code that cannot be a problem, judged by its syntax tree alone."""
     try:
         tree = ast.parse(code)
-    # ValueError: a null byte; RecursionError: an expression nested too deep.
-    except (SyntaxError, ValueError, RecursionError) as error:
+    # ValueError: a null byte; the last two: an expression nested too deep.
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise PipelineError(f"{place}: the PyTorch code is not valid Python ({error}).") from error
     if not module_classes(tree):
-        raise PipelineError(f"{place}: no class derives from nn.Module; a problem defines the module that the kernel replaces.")
+        raise PipelineError(
+            f"{place}: no class derives from nn.Module; a problem defines the module that the kernel replaces."
+        )
     if "get_inputs" not in _top_level_names(tree):
         raise PipelineError(f"{place}: no get_inputs(); a problem defines the inputs that the module is called with.")
 
@@ -144,7 +152,8 @@ def _check_runnable(code: str, place: str) -> None:
 def module_classes(tree: ast.Module) -> list[str]:
     """Names of the top-level classes that look like nn.Module subclasses, in the order of the file.
 
-    A base class may come from anywhere (`nn.Linear`, `_Loss`), so a class with a base and a `forward` method counts too.
+    A base class may come from anywhere (`nn.Linear`, `_Loss`), so a class with a base and a `forward` method counts
+    too.
     """
     found: list[str] = []
     for node in tree.body:

@@ -2,13 +2,14 @@
 
 How traces pass weights changed over time, so there are three rules, tried in this order:
 
-name  Parameters called like an argument of the module's `forward` get that input; parameters called like a weight or buffer get that
-      (`conv1.weight` as `conv1_weight`, or by its last part alone when only one ends so); the inputs that are left fill the other
-      parameters in order.
-head  The present rule of the traces' producer: when the inputs satisfy every parameter without a default, pass only them. Else append
-      the weight and bias of every module, in modules() order, and cut the list to the number of parameters without a default.
-v1    Its older rule: the inputs, then every parameter in named_parameters() order, cut to the number of all parameters; not cut for a
-      wrapper that takes *args.
+name  Parameters called like an argument of the module's `forward` get that input; parameters called like a weight or
+      buffer get that (`conv1.weight` as `conv1_weight`, or by its last part alone when only one ends so); the inputs
+      that are left fill the other parameters in order.
+head  The present rule of the traces' producer: when the inputs satisfy every parameter without a default, pass only
+      them. Else append the weight and bias of every module, in modules() order, and cut the list to the number of
+      parameters without a default.
+v1    Its older rule: the inputs, then every parameter in named_parameters() order, cut to the number of all parameters;
+      not cut for a wrapper that takes *args.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Available:
 
     Attributes:
         input_count: number of inputs.
-        input_names: names of forward's parameters, by position; may be shorter than the inputs when forward takes *args.
+        input_names: names of forward's parameters, by position; may be shorter than the inputs when forward takes
+            *args.
         parameters: dotted names, in named_parameters() order.
         buffers: dotted names, in named_buffers() order.
         module_weights: dotted names of the weight and bias of every module, in modules() order.
@@ -49,8 +51,12 @@ class Binding:
 
 
 def bindings(signature: inspect.Signature, available: Available) -> list[Binding]:
-    """Every way to call a wrapper that satisfies its signature, in the order of the rules; equal calls are listed once."""
-    candidates = [_by_name(signature, available), _by_head_rule(signature, available), _by_v1_rule(signature, available)]
+    """Every way to call a wrapper that satisfies its signature, in the order of the rules; equal calls appear once."""
+    candidates = [
+        _by_name(signature, available),
+        _by_head_rule(signature, available),
+        _by_v1_rule(signature, available),
+    ]
     found: list[Binding] = []
     calls: list[dict[str, object]] = []
     for candidate in candidates:
@@ -71,7 +77,11 @@ def _bound_arguments(signature: inspect.Signature, binding: Binding) -> dict[str
 def _by_name(signature: inspect.Signature, available: Available) -> Binding | None:
     if _takes_any_number(signature):
         return None
-    names = [parameter.name for parameter in signature.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     inputs = {name: position for position, name in enumerate(available.input_names[: available.input_count])}
     known: dict[str, int | str] = {**_state_aliases([*available.parameters, *available.buffers]), **inputs}
     chosen = {name: known[name] for name in names if name in known}
@@ -98,7 +108,9 @@ def _state_aliases(dotted_names: Sequence[str]) -> dict[str, str]:
 def _by_head_rule(signature: inspect.Signature, available: Available) -> Binding:
     inputs = tuple(range(available.input_count))
     required = sum(
-        parameter.default is inspect.Parameter.empty for parameter in signature.parameters.values() if parameter.kind in _POSITIONAL
+        parameter.default is inspect.Parameter.empty
+        for parameter in signature.parameters.values()
+        if parameter.kind in _POSITIONAL
     )
     if len(inputs) >= required:
         return Binding("head", inputs)

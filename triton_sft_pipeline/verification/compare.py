@@ -1,7 +1,8 @@
 """Compares a kernel's outputs with the reference's. Runs in a trusted process that has executed neither.
 
-Tolerances are absolute and relative at once, |actual - expected| <= tolerance + tolerance * |expected|. Those of float32, float16 and
-bfloat16 are KernelBench's (its `get_tolerance_for_precision`: 1e-4, 1e-2 and 1e-2). float64 gets 1e-6. Integers and booleans must be equal.
+Tolerances are absolute and relative at once, |actual - expected| <= tolerance + tolerance * |expected|. Those of
+float32, float16 and bfloat16 are KernelBench's (its `get_tolerance_for_precision`: 1e-4, 1e-2 and 1e-2). float64 gets
+1e-6. Integers and booleans must be equal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from triton_sft_pipeline.verification.values import tensors_in
 from triton_sft_pipeline.verification.verdict import Finding
 
 TASK = "task.json"
-TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-2, "complex64": 1e-4, "complex128": 1e-6}
+TOLERANCES = {
+    "float64": 1e-6,
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 1e-2,
+    "complex64": 1e-4,
+    "complex128": 1e-6,
+}
 # For formats that KernelBench does not know, such as the 8-bit floats.
 _DEFAULT_TOLERANCE = 1e-2
 # Elements compared at a time: bounds the memory that the masks and differences take.
@@ -118,7 +126,8 @@ def _compare_tensors(expected: Any, actual: Any, place: str) -> Finding | None:
         return Finding("incorrect_numerical", f"{place} differs in {share}.")
     return Finding(
         "incorrect_numerical",
-        f"{place} differs in {share} by more than {tolerance:g} (absolute and relative); the largest difference is {largest:.3g}.",
+        f"{place} differs in {share} by more than {tolerance:g} (absolute and relative); "
+        f"the largest difference is {largest:.3g}.",
     )
 
 
@@ -137,7 +146,8 @@ def _identical(left: Any, right: Any) -> bool:
     """Whether two plain values hold tensors of equal values; NaN equals NaN here."""
     tensors = list(tensors_in(left)), list(tensors_in(right))
     return len(tensors[0]) == len(tensors[1]) and all(
-        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(*tensors, strict=True)
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(*tensors, strict=True)
     )
 
 

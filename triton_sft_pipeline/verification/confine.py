@@ -1,14 +1,19 @@
-"""Shuts a child process in before it runs code that is not trusted: its own session, resource limits, a small environment, no open files.
+"""Shuts a child process in before it runs code that is not trusted: own session, resource limits, no open files.
 
-This is the isolation level "process". What it does not do: hide the file system, the network or other processes of the same user.
+This is the isolation level "process". What it does not do: hide the file system, the network or other processes of the
+same user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import signal
+import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ ISOLATION = "process"
 # Everything else of the environment, tokens and keys above all, stays with the judge.
 _ALLOWED_VARIABLES = (
     "CC",
+    "CUDA_DEVICE_ORDER",
     "CUDA_HOME",
     "CUDA_PATH",
     "CUDA_VISIBLE_DEVICES",
@@ -25,7 +31,6 @@ _ALLOWED_VARIABLES = (
     "LD_LIBRARY_PATH",
     "LIBRARY_PATH",
     "PATH",
-    "SYSTEMROOT",
     "TRITON_LIBCUDA_PATH",
     "TRITON_PTXAS_PATH",
     "VIRTUAL_ENV",
@@ -56,7 +61,7 @@ def allowed_environment(python_path: list[str]) -> dict[str, str]:
     """The environment for the process that children are forked from."""
     environment = {name: os.environ[name] for name in _ALLOWED_VARIABLES if name in os.environ}
     # One thread a process: many kernels are judged side by side, and a pool of threads does not survive a fork.
-    return environment | {"PYTHONPATH": os.pathsep.join(python_path), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return environment | {"PYTHONPATH": os.pathsep.join(python_path), "OMP_NUM_THREADS": "1"}
 
 
 def confine(folder: Path, report_fd: int, output_fd: int, limits: Limits) -> int:
@@ -75,8 +80,14 @@ def confine(folder: Path, report_fd: int, output_fd: int, limits: Limits) -> int
     os.dup2(output_fd, 1)
     os.dup2(output_fd, 2)
     os.dup2(report_fd, 3)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if fd > 3:
+            # The listing's own descriptor is closed already.
+            with contextlib.suppress(OSError):
+                os.close(fd)
     os.chdir(folder)
+    sys.dont_write_bytecode = True
+    tempfile.tempdir = str(folder)
     os.environ.update({"HOME": str(folder), "TMPDIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")})
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_NOFILE, 1024)
@@ -112,8 +123,6 @@ def _parent_of(pid: str) -> str:
 
 def _above_standard(fd: int) -> int:
     """Move a descriptor out of the way of 0 to 3."""
-    import fcntl
-
     return fcntl.fcntl(fd, fcntl.F_DUPFD, 10)
 
 

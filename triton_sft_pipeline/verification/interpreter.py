@@ -1,11 +1,13 @@
-"""Lets code that was written for a GPU run in Triton's CPU interpreter. Installed in a kernel's own process, never in the judge's.
+"""Lets code that was written for a GPU run in Triton's CPU interpreter. Installed in children, never in the judge.
 
-Triton takes part in this by itself: with TRITON_INTERPRET=1 in the environment when it is imported, `@triton.jit` gives functions that run
-on NumPy. What is left to do is to make the code around the kernels believe in a GPU: "cuda" in its source text becomes "cpu", tensors
-claim to be CUDA tensors, and the calls of `torch.cuda` that wrappers make have a harmless answer.
+Triton takes part in this by itself: with TRITON_INTERPRET=1 in the environment when it is imported, `@triton.jit` gives
+functions that run on NumPy. What is left to do is to make the code around the kernels believe in a GPU: "cuda" in its
+source text becomes "cpu", tensors claim to be CUDA tensors, and what wrappers ask of `torch.cuda` and of Triton's
+driver has a harmless answer.
 
-What a kernel proves in the interpreter: its arithmetic and its addressing. What it does not: TF32 rounding, the least sizes of tl.dot,
-shared memory and register limits, races between programs, and speed. Arithmetic in bfloat16 is beyond it: it adds and multiplies the bits.
+What a kernel proves in the interpreter: its arithmetic and its addressing. What it does not: TF32 rounding, the least
+sizes of tl.dot, shared memory and register limits, races between programs, and speed. Arithmetic in bfloat16 is beyond
+it: it adds and multiplies the bits.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class UnsupportedOnCpuError(RuntimeError):
 
 
 def on_cpu(source: str) -> str:
-    """Source text with the device's name replaced in its string literals. Lines stay where they are: Triton reads them again."""
+    """Source text with the device's name replaced in its string literals. Lines stay in place: Triton reads them."""
     return _CUDA_TEXT.sub(r"\1cpu\1", source)
 
 
@@ -107,7 +109,12 @@ def _pretend_driver() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    properties = {"multiprocessor_count": _PROCESSORS, "max_shared_mem": _SHARED_MEMORY, "warpSize": 32, "max_num_regs": 65536}
+    properties = {
+        "multiprocessor_count": _PROCESSORS,
+        "max_shared_mem": _SHARED_MEMORY,
+        "warpSize": 32,
+        "max_num_regs": 65536,
+    }
     active = SimpleNamespace(
         get_current_device=lambda: 0,
         set_current_device=lambda device: None,
@@ -119,7 +126,7 @@ def _pretend_driver() -> None:
 
 
 def _cut_autotune() -> None:
-    """Keep the first configuration of each tuned kernel: trying them measures nothing here and takes as long as all of them together."""
+    """Keep the first configuration of each tuned kernel: trying them all measures nothing here and takes long."""
     import triton
     from triton.runtime import autotuner
 

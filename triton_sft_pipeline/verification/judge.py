@@ -1,17 +1,19 @@
 """Decides whether a Triton kernel computes what a PyTorch module computes, and how much faster it is.
 
 This is the plain judge. What it covers:
-- The verdict is made in processes that never ran the kernel. The kernel's own process gets the inputs and the weights, and nothing of the
-  reference's code, its outputs or the seeds; what it reports about itself may only lower the verdict.
-- Every kernel has a fresh process (a fork of one that has torch and Triton loaded), its own session, resource limits, a small environment,
-  a scratch folder and a deadline. Whatever it starts is killed with it. A worker process that dies is replaced; no other verdict is lost.
-- Outputs are compared in structure, shape, dtype, NaN and value for several secret draws of the inputs. Writing to inputs is noticed, and
-  so is a wrapper that launches no Triton kernel.
+- The verdict is made in processes that never ran the kernel. The kernel's own process gets the inputs and the weights,
+  and nothing of the reference's code, its outputs or the seeds; what it reports about itself may only lower the
+  verdict.
+- Every kernel has a fresh process (a fork of one that has torch and Triton loaded), its own session, resource limits, a
+  small environment, a scratch folder and a deadline. Whatever it starts is killed with it. A worker process that dies
+  is replaced; no other verdict is lost.
+- Outputs are compared in structure, shape, dtype, NaN and value for several secret draws of the inputs. Writing to
+  inputs is noticed, and so is a wrapper that launches no Triton kernel.
 
-What it does NOT cover, and the next judge is for: namespaces (a kernel can read the user's files, reach the network and signal the user's
-processes; expected outputs lie on disk, though nobody tells it where); kernels that launch something idle while torch computes; caching of
-outputs between calls; uninitialised memory; work on side streams, patched timers and other tampering with the measurement, which is made
-in the kernel's own process; confidence intervals of speedups.
+What it does NOT cover, and the next judge is for: namespaces (a kernel can read the user's files, reach the network and
+signal the user's processes; expected outputs lie on disk, though nobody tells it where); kernels that launch something
+idle while torch computes; caching of outputs between calls; uninitialised memory; work on side streams, patched timers
+and other tampering with the measurement, which is made in the kernel's own process; confidence intervals of speedups.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class KernelJudge:
     Args:
         device: "cuda", "cpu" (Triton's interpreter: no speed), or "auto" for the GPU when there is one.
         workers: kernels judged at a time; None for one a processor, at most 8. Measurements always run alone.
-        timeout_s: seconds that a kernel may take for all trials, compilation included; the same again for its measurement.
+        timeout_s: seconds that a kernel may take for all trials, compilation included; the same again for its
+            measurement.
         trials: draws of the inputs that are compared. A problem whose inputs are gigabytes gets fewer.
         timing: measure speedups; only ever done on a GPU.
 
@@ -107,7 +110,9 @@ class KernelJudge:
         self.device = "cuda" if self.backend == "cuda" else "cpu"
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
@@ -115,7 +120,7 @@ class KernelJudge:
         self._pool.shutdown(cancel_futures=True)
         remove(self._folder)
 
-    def verify(self, pytorch_code: str, triton_code: str | None, key: str = "") -> Verdict:
+    def verify(self, pytorch_code: str | None, triton_code: str | None, key: str = "") -> Verdict:
         """Judge one kernel. Whatever is wrong with it, or with the problem, is a verdict and not an exception."""
         if self._zygote is None:
             raise PipelineError("Use the judge as a context manager: with KernelJudge() as judge: ...")
@@ -126,7 +131,10 @@ class KernelJudge:
             detail = f"The judge's worker process failed twice while this kernel ran, the second time alone: {error}."
             attempt, trials = _Attempt(Finding("infra_error", detail)), 0
         except OSError as error:
-            attempt, trials = _Attempt(Finding("infra_error", f"The judge could not read or write its files: {error}.")), 0
+            attempt, trials = (
+                _Attempt(Finding("infra_error", f"The judge could not read or write its files: {error}.")),
+                0,
+            )
         return self._verdict(key, began, attempt, trials)
 
     def verify_many(self, items: Iterable[JudgeItem]) -> Iterator[Verdict]:
@@ -152,11 +160,13 @@ class KernelJudge:
             for future in running:
                 future.cancel()
 
-    def _judge(self, pytorch_code: str, triton_code: str | None) -> tuple[_Attempt, int]:
+    def _judge(self, pytorch_code: str | None, triton_code: str | None) -> tuple[_Attempt, int]:
         """The best attempt and the number of trials that the problem has."""
         refused = inspect_source(triton_code)
         if refused is not None or triton_code is None:
             return _Attempt(refused or Finding("no_code", "")), 0
+        if not pytorch_code:
+            return _Attempt(Finding("reference_error", "There is no PyTorch code to compare with.")), 0
         with self._references.borrow(pytorch_code) as reference:
             if reference.failure:
                 return _Attempt(reference.failure), 0
@@ -212,7 +222,9 @@ class KernelJudge:
         folder, given = new_folder(self._folder, "reference"), new_folder(self._folder, "given")
         task = {"mode": "prepare", "device": self.device, "given": str(given), "trials": self._trials}
         files = {reference_task.CODE: pytorch_code, reference_task.TASK: json.dumps(task)}
-        outcome = self._run("reference", folder, files, self._timeout_s, self._limits(self._timeout_s, _UNLIMITED_BYTES))
+        outcome = self._run(
+            "reference", folder, files, self._timeout_s, self._limits(self._timeout_s, _UNLIMITED_BYTES)
+        )
         report = outcome.report
         if report is None and outcome.timed_out and self.backend == "interpreter":
             detail = f"The reference alone did not finish in {self._timeout_s:g} s on a CPU; judge it on a GPU."
@@ -236,10 +248,17 @@ class KernelJudge:
         """Time the reference, once a problem, and the kernel, with nothing else on the GPU."""
         with self._traffic.alone(), scratch(self._folder, "kernel") as folder:
             if reference.time_ms is None:
-                task = {"mode": "time", "device": self.device, "given": str(reference.given), "class_name": reference.class_name}
+                task = {
+                    "mode": "time",
+                    "device": self.device,
+                    "given": str(reference.given),
+                    "class_name": reference.class_name,
+                }
                 limits = self._limits(self._timeout_s, _UNLIMITED_BYTES)
                 files = {reference_task.TASK: json.dumps(task)}
-                reference.time_ms = outcomes.time_of(self._run_once("reference", reference.folder, files, self._timeout_s, limits))
+                reference.time_ms = outcomes.time_of(
+                    self._run_once("reference", reference.folder, files, self._timeout_s, limits)
+                )
             files = self._kernel_files(reference, triton_code, attempt.binding, mode="time")
             limits = self._kernel_limits(reference)
             kernel_ms = outcomes.time_of(self._run_once("kernel", folder, files, self._timeout_s, limits))
@@ -261,7 +280,7 @@ class KernelJudge:
         return {kernel_task.CODE: triton_code, kernel_task.TASK: json.dumps(task)}
 
     def _run(self, task: str, folder: Path, files: dict[str, str], timeout_s: float, limits: Limits) -> Outcome:
-        """Run a task beside others. When the zygote died or memory ran short, another task may be to blame: run it once more, alone."""
+        """Run a task beside others; once more, alone, when the zygote died or memory ran short: perhaps their fault."""
         try:
             with self._traffic.together():
                 outcome = self._run_once(task, folder, files, timeout_s, limits)

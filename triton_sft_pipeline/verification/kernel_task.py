@@ -1,7 +1,8 @@
-"""What a kernel's process does: load the kernel's code, call it on the inputs of every trial, write down what it returned; or time it.
+"""What a kernel's process does: load the code, call it on the inputs of every trial, write the outputs; or time it.
 
-From its first line of kernel code on this process is not trusted. It holds the inputs, the weights and the kernel's code, never the
-reference's code, its outputs or a seed. What it reports may lower a verdict (an exception, no launch) and never raise one.
+From its first line of kernel code on this process is not trusted. It holds the inputs, the weights and the kernel's
+code, never the reference's code, its outputs or a seed. What it reports may lower a verdict (an exception, no launch)
+and never raise one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def run_kernel(folder: Path) -> dict[str, Any]:
     """Run a kernel as `task.json` in `folder` says.
 
     Returns:
-        {"contract", "bindings"} and {"launches"} or {"time_ms"}; also {"verdict", "detail"} when the kernel's code failed.
+        {"contract", "bindings"} and {"launches"} or {"time_ms"}; {"verdict", "detail"} too when the code failed.
     """
     import torch
 
@@ -55,7 +56,7 @@ def run_kernel(folder: Path) -> dict[str, Any]:
             torch.save([_answer(call, inputs) for inputs in trials], folder / OUTPUTS)
             report["launches"] = launches.count
     except ContractError as error:
-        report |= {"verdict": "contract_error", "detail": str(error)}
+        report |= {"verdict": "contract_error", "detail": str(error)[:1000]}
     # SystemExit and KeyboardInterrupt raised by kernel code are facts about the kernel too.
     except BaseException as error:
         finding = classify(error, folder / CODE)
@@ -71,7 +72,9 @@ def _answer(call: Callable[[tuple[Any, ...]], Any], inputs: tuple[Any, ...]) -> 
     return {"output": to_plain(output, packed), "inputs": to_plain(inputs, packed)}
 
 
-def _load_kernel(file: Path, state: dict[str, Any], task: dict[str, Any], report: dict[str, Any]) -> Callable[[tuple[Any, ...]], Any]:
+def _load_kernel(
+    file: Path, state: dict[str, Any], task: dict[str, Any], report: dict[str, Any]
+) -> Callable[[tuple[Any, ...]], Any]:
     """The kernel as a function of one trial's inputs, by the contract that its code follows."""
     module = load_code(file, "kernel")
     if hasattr(module, WRAPPER):
@@ -106,7 +109,9 @@ def _load_wrapper(
     return call
 
 
-def _load_model(model_class: Callable[..., Any], state: dict[str, Any], device: str) -> Callable[[tuple[Any, ...]], Any]:
+def _load_model(
+    model_class: Callable[..., Any], state: dict[str, Any], device: str
+) -> Callable[[tuple[Any, ...]], Any]:
     import torch
 
     if state["init_inputs"] is None:

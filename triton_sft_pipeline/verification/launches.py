@@ -1,4 +1,7 @@
-"""Counts the Triton kernels that a process launches. Sits in the kernel's own process, so it may lower a verdict and never raise one."""
+"""Counts the Triton kernels that a process launches.
+
+Sits in the kernel's own process, so what it finds may lower a verdict and never raise one.
+"""
 
 from __future__ import annotations
 

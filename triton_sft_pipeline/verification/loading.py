@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import sys
 import traceback
@@ -48,7 +49,9 @@ def classify(error: BaseException, file: Path) -> Finding:
         return Finding("lazy_output", f"The kernel returns {error}; return plain tensors.")
     if _is_out_of_memory(error):
         return Finding("resource_limit", f"Out of memory: {detail}")
-    if _is_from_triton(error):
+    if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.EMFILE):
+        return Finding("resource_limit", f"Too large or too many files: {detail}")
+    if _is_from_triton(error, file):
         return Finding("compile_error", detail)
     return Finding("runtime_error", detail)
 
@@ -60,11 +63,19 @@ def _root_of(error: BaseException) -> BaseException:
     return error
 
 
-def _is_from_triton(error: BaseException) -> bool:
-    from triton.errors import TritonError
+def _is_from_triton(error: BaseException, file: Path) -> bool:
+    """Whether Triton raised this about a kernel, and not the code around the kernels or the GPU."""
+    import triton
 
-    # A compiled kernel cannot raise, so an exception from inside one, which the interpreter wraps, is one that the compiler would raise.
-    return isinstance(error, TritonError)
+    # A compiled kernel cannot raise, so an exception from inside one, which the interpreter wraps, is one that the
+    # compiler would raise.
+    if isinstance(error, triton.TritonError):
+        return True
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    last_own = max((index for index, frame in enumerate(frames) if frame == file), default=-1)
+    # Some refusals reach the caller unwrapped; what the launched kernel did to the GPU is a RuntimeError.
+    raised_by_triton = any(Path(triton.__file__).parent in frame.parents for frame in frames[last_own + 1 :])
+    return raised_by_triton and not isinstance(error, RuntimeError | OSError)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """What the reference's process does: draw inputs, compute what is expected, write both down; or time itself.
 
-It runs the problem's own code, which the pipeline's user brings and no model wrote. Inputs and weights go to a folder that kernels'
-processes are told of, expected outputs to one that they are not. The seeds of the inputs are drawn here and never leave this process.
+It runs the problem's own code, which the pipeline's user brings and no model wrote. Inputs and weights go to a folder
+that kernels' processes are told of, expected outputs to one that they are not. The seeds of the inputs are drawn here
+and never leave this process.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class ReferenceFailure(Exception):
 def run_reference(folder: Path) -> dict[str, Any]:
     """Prepare a problem, or time its reference, as `task.json` in `folder` says.
 
-    Writes INPUTS (a list with the inputs of each trial) and STATE (weights, names, init inputs) to the task's `given` folder, and EXPECTED
-    (a list with {"output", "inputs"} of each trial, the inputs as the reference left them) to `folder`.
+    Writes INPUTS (a list with the inputs of each trial) and STATE (weights, names, init inputs) to the task's `given`
+    folder, and EXPECTED (a list with {"output", "inputs"} of each trial, the inputs as the reference left them) to
+    `folder`.
 
     Returns:
-        {"trials", "bytes", "class_name", "uses_bfloat16"} or {"time_ms"}; {"verdict", "detail"} when the reference cannot be used.
+        {"trials", "bytes", "class_name", "uses_bfloat16"} or {"time_ms"}; {"verdict", "detail"} when the reference
+        cannot be used.
     """
     task = json.loads((folder / TASK).read_text(encoding="utf-8"))
     try:
@@ -60,12 +63,18 @@ def _prepare(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     device, given = task["device"], Path(task["given"])
+    # Expected values in full float32: in TF32, PyTorch's default for convolutions, they are off by more than the
+    # tolerance. Only here, not where the reference is timed.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     code = load_code(folder / CODE, "reference")
     if device == "cpu":
         _refuse_huge_inputs(code)
     draws = _draw_inputs(code, task["trials"])
     torch.save(draws, given / INPUTS)
-    module, class_name = _build_module(code, _module_classes(folder / CODE, code), lambda: _load_inputs(given, device)[0], device)
+    module, class_name = _build_module(
+        code, _module_classes(folder / CODE, code), lambda: _load_inputs(given, device)[0], device
+    )
     state = _describe_state(code, module, len(draws[0]))
     torch.save(state, given / STATE)
     initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -77,7 +86,9 @@ def _prepare(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"output": to_plain(output, packed), "inputs": to_plain(inputs, packed)}
         except UnsupportedValueError as error:
-            raise ReferenceFailure("reference_error", f"The reference returns {error}, which cannot be compared.") from error
+            raise ReferenceFailure(
+                "reference_error", f"The reference returns {error}, which cannot be compared."
+            ) from error
 
     expected = [run(inputs) for inputs in _load_inputs(given, device)]
     torch.save(expected, folder / EXPECTED)
@@ -85,7 +96,9 @@ def _prepare(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     _seed_secretly()
     difference = compare(expected[0]["output"], run(_load_inputs(given, device)[0])["output"])
     if difference:
-        raise ReferenceFailure("degenerate_task", f"The reference gives two answers for the same inputs: {difference.detail}")
+        raise ReferenceFailure(
+            "degenerate_task", f"The reference gives two answers for the same inputs: {difference.detail}"
+        )
     tensors = list(tensors_in((*draws, *expected, state["tensors"])))
     return {
         "trials": len(draws),
@@ -122,11 +135,15 @@ def _draw_inputs(code: ModuleType, trials: int) -> list[Any]:
         _seed_secretly()
         inputs = code.get_inputs()
         if not isinstance(inputs, list | tuple):
-            raise ReferenceFailure("reference_error", f"get_inputs() returns a {type(inputs).__name__}; it must return a list.")
+            raise ReferenceFailure(
+                "reference_error", f"get_inputs() returns a {type(inputs).__name__}; it must return a list."
+            )
         try:
             draws.append(to_plain(inputs, on_cpu))
         except UnsupportedValueError as error:
-            raise ReferenceFailure("reference_error", f"get_inputs() returns {error}, which cannot be passed on.") from error
+            raise ReferenceFailure(
+                "reference_error", f"get_inputs() returns {error}, which cannot be passed on."
+            ) from error
         trials = min(trials, max(1, _MAX_INPUT_BYTES // max(1, nbytes(draws[0]))))
     return draws
 
@@ -151,12 +168,13 @@ def _refuse_huge_inputs(code: ModuleType) -> None:
     elements = sum(tensor.numel() for tensor in tensors_in(inputs))
     if elements > MAX_ELEMENTS:
         raise ReferenceFailure(
-            "unsupported_on_cpu", f"The inputs have {elements:.3g} elements; the CPU interpreter takes at most {MAX_ELEMENTS:.3g}."
+            "unsupported_on_cpu",
+            f"The inputs have {elements:.3g} elements; the CPU interpreter takes at most {MAX_ELEMENTS:.3g}.",
         )
 
 
 def _module_classes(file: Path, code: ModuleType) -> list[str]:
-    """Names of the classes that may be the module under test: `Model` alone, else every nn.Module of the file, the last one first."""
+    """Classes that may be the module under test: `Model` alone, else every nn.Module of the file, the last first."""
     import torch
 
     tree = ast.parse(file.read_text(encoding="utf-8"))

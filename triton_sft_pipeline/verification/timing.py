@@ -1,4 +1,4 @@
-"""Measures how long a call takes on a GPU. Runs in the process of what is measured; knows nothing of kernels or references."""
+"""Measures how long a call takes on a GPU. Runs in the process that is measured; knows nothing of kernels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ WARM_UP_S = 0.2
 MIN_ITERATIONS = 50
 MAX_ITERATIONS = 200
 _BUDGET_S = 2.0
+# Times the size of the L2 cache. Two would empty it. Eight also keep the GPU busy (about 0.1 ms) while Python launches
+# what is measured; else a launch of 20 us would be measured for some kernels, and not for others that Python happens to
+# keep ahead of.
+FLUSH = 8
 
 
 def median_ms(call: Callable[[], Any]) -> float:
     """Median time of `call` on the GPU in milliseconds, by CUDA events, with a cold L2 cache.
 
-    Before each iteration a buffer of twice the size of the L2 cache is overwritten, so that no iteration finds its inputs there. 50 to 200
-    iterations, as many as fit in two seconds.
+    Before each iteration a buffer larger than the L2 cache is overwritten, so that no iteration finds its inputs
+    there and none waits for its launch: it is time on the GPU. 50 to 200 iterations, as many as fit in two seconds.
     """
     import torch
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH * properties.L2_cache_size, dtype=torch.int8, device="cuda")
     iterations = _warm_up(call)
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(iterations)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(iterations)]

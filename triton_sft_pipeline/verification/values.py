@@ -1,6 +1,7 @@
-"""Turns what a module or a kernel takes and returns into plain values: tensors, numbers, text, None, and tuples and dictionaries of these.
+"""Turns what a module takes and returns into plain values: tensors, numbers, text, None, tuples and dictionaries.
 
-Only plain values travel between processes, so that they can be read back with `torch.load(weights_only=True)`, which runs no code.
+Only plain values travel between processes, so that they can be read back with `torch.load(weights_only=True)`, which
+runs no code.
 """
 
 from __future__ import annotations

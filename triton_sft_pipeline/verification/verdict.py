@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-# Enters the code version of whatever stores verdicts: raise it whenever the same kernel may get another verdict than before.
-JUDGE_VERSION = "plain-1"
+# Enters the code version of whatever stores verdicts: raise it whenever the same kernel may get another verdict than
+# before.
+JUDGE_VERSION = "plain-2"
 
-# Every verdict this judge gives, and what it means. Names follow the project's taxonomy, which has more for later judges.
+# Every verdict this judge gives, and what it means. Names follow the project's taxonomy, which has more for later
+# judges.
 VERDICTS = {
     "verified": "the outputs match the reference's for every trial",
     "incorrect_structure": "the outputs are nested otherwise than the reference's",
@@ -44,18 +46,18 @@ class JudgeItem:
 
     Attributes:
         key: comes back in the verdict; need not be unique.
-        pytorch_code: the problem, in KernelBench's format.
+        pytorch_code: the problem, in KernelBench's format; None or empty text gets the verdict reference_error.
         triton_code: the kernel; None or empty text gets the verdict no_code.
     """
 
     key: str
-    pytorch_code: str
+    pytorch_code: str | None
     triton_code: str | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says about one kernel. A field is None where it was not measured, as all speed is in the interpreter.
+    """What the judge says about one kernel. A field is None where it was not measured, like speed in the interpreter.
 
     Attributes:
         key: the item's key.
@@ -101,7 +103,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Verdict:
-        """The reverse of `to_dict`. Fields that this version does not know are ignored, so that newer files can be read."""
+        """The reverse of `to_dict`. Unknown fields are ignored, so that files of a newer version can be read."""
         known = {item.name for item in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 

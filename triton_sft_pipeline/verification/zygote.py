@@ -1,11 +1,12 @@
-"""The process that every task is forked from: it has torch and Triton imported and no CUDA context. A fresh one each time costs seconds.
+"""The process that every task is forked from: torch and Triton are imported, CUDA is untouched.
 
-It runs no code of a problem or a kernel itself. It reads requests as JSON lines from its standard input, forks a confined child for each,
-kills the child's whole process group at its deadline, and writes one JSON line for each child that has ended. When its input closes,
-because the judge is done or dead, it kills what is left, removes the judge's folder and ends.
+It runs no code of a problem or a kernel itself. It reads requests as JSON lines from its standard input, forks a
+confined child for each, kills the child's whole process group at its deadline, and writes one JSON line for each child
+that has ended. When its input closes, because the judge is done or dead, it kills what is left, removes the judge's
+folder and ends.
 
-Request: {"id", "task", "folder", "timeout_s", "limits"}. Answer: {"id", "exit_code", "signal", "timed_out", "report", "output"}, where
-`report` is the text that the child reported and `output` the end of what it printed.
+Request: {"id", "task", "folder", "timeout_s", "limits"}. Answer: {"id", "exit_code", "signal", "timed_out", "report",
+"output"}, where `report` is the text that the child reported and `output` the end of what it printed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import os
 import platform
@@ -66,7 +68,9 @@ class Zygote:
             _run_child(request, tasks, report_write, output_write)
         os.close(report_write)
         os.close(output_write)
-        child = _Child(request["id"], pid, os.pidfd_open(pid), report_read, output_read, time.monotonic() + request["timeout_s"])
+        child = _Child(
+            request["id"], pid, os.pidfd_open(pid), report_read, output_read, time.monotonic() + request["timeout_s"]
+        )
         self._children[pid] = child
         for fd, kind in ((child.pid_fd, "exit"), (report_read, "report"), (output_read, "output")):
             os.set_blocking(fd, False)
@@ -148,7 +152,8 @@ class Zygote:
         os.close(fd)
 
     def _finish(self, child: _Child) -> None:
-        # The leader has ended; what it started has not, unless it is killed while the group's id cannot have been given to others.
+        # The leader has ended; what it started has not, unless it is killed while the group's id cannot have been given
+        # to others.
         _kill_group(child.pid)
         _, status = os.waitpid(child.pid, 0)
         del self._children[child.pid]
@@ -195,7 +200,9 @@ def _kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def _run_child(request: dict[str, Any], tasks: dict[str, Callable[[Path], dict[str, Any]]], report_fd: int, output_fd: int) -> None:
+def _run_child(
+    request: dict[str, Any], tasks: dict[str, Callable[[Path], dict[str, Any]]], report_fd: int, output_fd: int
+) -> None:
     """The child's whole life. Never returns."""
     try:
         folder = Path(request["folder"])
@@ -217,7 +224,11 @@ def _probe(folder: Path) -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         return {"cuda": False}
-    return {"cuda": True, "gpu": torch.cuda.get_device_name(0), "cuda_version": str(torch.version.cuda or torch.version.hip)}
+    return {
+        "cuda": True,
+        "gpu": torch.cuda.get_device_name(0),
+        "cuda_version": str(torch.version.cuda or torch.version.hip),
+    }
 
 
 def _import_everything(backend: str) -> dict[str, Callable[[Path], dict[str, Any]]]:
@@ -226,19 +237,25 @@ def _import_everything(backend: str) -> dict[str, Callable[[Path], dict[str, Any
         # Triton decides by this when it is imported.
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    import triton.language
 
-    from triton_sft_pipeline.verification import compare
+    # torch and Triton import some of these on first use: half a second in every child if it is not done here.
+    names = ["triton.language"]
+    if backend == "interpreter":
+        torch.set_num_threads(1)
+        names += [
+            "triton.runtime.interpreter",
+            "triton.experimental.gluon",
+            "torch.fx.experimental.symbolic_shapes",
+            "numpy.random",
+        ]
+    for name in names:
+        importlib.import_module(name)
+
+    from triton_sft_pipeline.verification.compare import run_compare
     from triton_sft_pipeline.verification.kernel_task import run_kernel
     from triton_sft_pipeline.verification.reference_task import run_reference
 
-    if backend == "interpreter":
-        import triton.runtime.interpreter  # noqa: F401
-
-        torch.set_num_threads(1)
-    # torch imports parts of itself on first use: pay for them here instead of in every child.
-    compare.compare((torch.ones(2),), (torch.ones(2),))
-    return {"reference": run_reference, "kernel": run_kernel, "compare": compare.run_compare}
+    return {"reference": run_reference, "kernel": run_kernel, "compare": run_compare}
 
 
 def _versions() -> dict[str, str]:
@@ -252,10 +269,12 @@ def _choose_backend(device: str, folder: Path) -> tuple[str | None, dict[str, st
     """The backend for the device that was asked for, None when it is not there, and what the probe found out."""
     if device == "cpu":
         return "interpreter", {}
+    # Before the fork, which then need not import it again.
+    importlib.import_module("torch")
     answers: list[dict[str, Any]] = []
     zygote = Zygote(answers.append)
     request = {"id": 0, "folder": str(folder), "task": "probe", "timeout_s": _PROBE_TIMEOUT_S}
-    zygote.fork(request | {"limits": Limits(cpu_s=60, file_bytes=1 << 20).to_dict()}, {"probe": _probe})
+    zygote.fork(request | {"limits": Limits(cpu_s=600, file_bytes=1 << 30).to_dict()}, {"probe": _probe})
     zygote.run_until_idle()
     found = json.loads(answers[0]["report"] or '{"cuda": false}')
     if found["cuda"]:
@@ -289,8 +308,10 @@ def main() -> None:
         # Keeps the children's garbage collectors off the pages they share with this process.
         gc.collect()
         gc.freeze()
-        answer({"ready": True, "backend": backend, "versions": _versions() | found})
-        zygote.serve(0, tasks)
+        # A broken pipe, like the end of the input, means that the judge is gone.
+        with contextlib.suppress(BrokenPipeError):
+            answer({"ready": True, "backend": backend, "versions": _versions() | found})
+            zygote.serve(0, tasks)
         zygote.kill_all()
         shutil.rmtree(options.folder, ignore_errors=True)
     finally:

@@ -1,4 +1,4 @@
-"""The judge's end of the zygote: starts it, sends it tasks, hands each answer to the thread that waits for it, replaces it when it died.
+"""The judge's end of the zygote: starts it, sends it tasks, hands out the answers, replaces it when it has died.
 
 Knows nothing of kernels. Safe to use from several threads.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -68,7 +68,9 @@ class ZygoteClient:
             ZygoteDiedError: no answer came; the task may be run again.
         """
         process = self._living_process()
-        future = process.submit({"task": task, "folder": str(folder), "timeout_s": timeout_s, "limits": limits.to_dict()})
+        future = process.submit(
+            {"task": task, "folder": str(folder), "timeout_s": timeout_s, "limits": limits.to_dict()}
+        )
         try:
             answer = future.result(timeout_s + _GRACE_S + (0 if process.ready.done() else _START_TIMEOUT_S))
         except FutureTimeoutError as error:
@@ -98,8 +100,6 @@ class ZygoteClient:
             return self._process
 
     def _start(self) -> _Process:
-        package_parent = Path(__file__).resolve().parents[2]
-        inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
         with (self._folder / _LOG).open("ab") as log:
             process = subprocess.Popen(
                 # -P: what lies in the current directory must not take the place of a library.
@@ -107,7 +107,7 @@ class ZygoteClient:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=allowed_environment([str(package_parent), *inherited]),
+                env=allowed_environment(_python_path()),
                 start_new_session=True,
             )
         return _Process(process)
@@ -127,7 +127,9 @@ class _Process:
         self._next_id = 0
         self._ended = False
         self.ready: Future[dict[str, Any]] = Future()
-        self._reader = threading.Thread(target=self._read_answers, args=(process.stdout,), daemon=True, name="zygote-reader")
+        self._reader = threading.Thread(
+            target=self._read_answers, args=(process.stdout,), daemon=True, name="zygote-reader"
+        )
         self._reader.start()
 
     def submit(self, request: dict[str, Any]) -> Future[dict[str, Any]]:
@@ -145,16 +147,18 @@ class _Process:
                 stdin.flush()
             # ValueError: another thread has closed the pipe.
             except (OSError, ValueError) as error:
+                # It is ending; once it has, whoever asks next gets a new one.
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(10)
                 raise ZygoteDiedError("it ended before the task was sent") from error
         return future
 
     def has_ended(self) -> bool:
-        return self._ended
+        return self._ended or self._process.poll() is not None
 
     def kill(self) -> None:
         """Kill it and wait until it is gone; its children have asked the kernel to be killed with it."""
-        with suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self.close()
 
     def close(self) -> None:
@@ -187,6 +191,14 @@ class _Process:
             lost.append(self.ready)
         for future in lost:
             future.set_exception(ZygoteDiedError("it ended before it answered"))
+
+
+def _python_path() -> list[str]:
+    """Where the zygote finds this package when it is not installed, as in a checkout; and the user's own PYTHONPATH."""
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    parent = str(Path(__file__).resolve().parents[2])
+    # PYTHONPATH goes before the standard library, where installed packages must not be.
+    return inherited if parent in sysconfig.get_paths().values() else [*inherited, parent]
 
 
 def _parse_report(text: str) -> dict[str, Any] | None:
