@@ -74,7 +74,8 @@ def test_a_record_follows_the_schema(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", JUDGED, ids=by_key)
 def test_a_result_agrees_with_itself(record: dict[str, Any]) -> None:
     result = record["result"]
-    assert set(result) == set(LABELS)
+    assert set(result) == {*LABELS, "reference_time_ms", "kernel_time_ms"}
+    assert (result["kernel_time_ms"] is not None) == result["correctness"], "every label was measured"
     assert result["fast_0"] == result["correctness"]
     assert result["fast_1"] == (result["correctness"] and result["speedup"] > 1.0)
     assert result["fast_2"] == (result["correctness"] and result["speedup"] >= 2.0)
