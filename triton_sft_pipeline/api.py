@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triton_sft_pipeline.config import Config, load_config, storage_root, traces_location
+from triton_sft_pipeline.config import Config, load_config, recorded_config, storage_root, traces_location
 from triton_sft_pipeline.errors import GateError, PipelineError
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1)
     from triton_sft_pipeline.chat.dataset import messages_of, split_problems
     from triton_sft_pipeline.traces.record import Malformed, RawRecord, parse_record
 
-    parsed = [parse_record(RawRecord("prepare_dataset(traces)", i, 0, dict(t) if isinstance(t, Mapping) else t, "")) for i, t in enumerate(traces)]
+    parsed = [
+        parse_record(RawRecord("prepare_dataset(traces)", i, 0, dict(t) if isinstance(t, Mapping) else t, "")) for i, t in enumerate(traces)
+    ]
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     good = []
     for index, trace in enumerate(parsed):
@@ -101,7 +103,9 @@ def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1)
         rows["test" if trace.problem in test else "train"].append(row)
     messages = List({"role": Value("string"), "content": Value("string")})
     features = Features({"prompt": messages, "completion": messages, "sample_key": Value("string")})
-    return DatasetDict({split: Dataset.from_list(found, features=features) for split, found in rows.items()})
+    # By column: `from_list` refuses a split without rows.
+    columns = {split: {name: [row[name] for row in found] for name in features} for split, found in rows.items()}
+    return DatasetDict({split: Dataset.from_dict(found, features=features) for split, found in columns.items()})
 
 
 def load_model_and_tokenizer(
@@ -222,17 +226,18 @@ def adapter_settings(adapter: Path | None) -> tuple[Config, Path]:
 
     if adapter is None:
         artifact = ArtifactStore(storage_root()).require("lora_adapter")
-        return Config.model_validate(artifact.record["configuration"]), artifact.path
+        return recorded_config(artifact), artifact.path
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise PipelineError(f"{adapter}: no adapter there (adapter_config.json is missing).")
-    base = read_json(path)["base_model_name_or_path"]
+    try:
+        base = read_json(path)["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{path}: not an adapter's configuration ({error!r}).") from error
     return load_config(overrides={"model.base_model": base}), adapter
 
 
-def main(
-    traces: str | Path | None = None, output_dir: str | Path | None = None, preset: str | None = None
-) -> TrainingRun:
+def main(traces: str | Path | None = None, output_dir: str | Path | None = None, preset: str | None = None) -> TrainingRun:
     """The whole training as a plain program, without Dagster: filter, chat dataset, QLoRA, adapter.
 
     Args:
@@ -257,7 +262,9 @@ def train_from_traces(config: Config, traces: Path, output_dir: Path) -> Trainin
     filtered = filter_location(traces, config.filter, held_out_fingerprints(config))
     print(describe(filtered))
     if len(filtered.kept) < config.filter.min_traces:
-        raise GateError(f"{traces}: {len(filtered.kept)} traces are kept, filter.min_traces wants {config.filter.min_traces}.", "min_traces")
+        raise GateError(
+            f"{traces}: {len(filtered.kept)} traces are kept, filter.min_traces wants {config.filter.min_traces}.", "min_traces"
+        )
     dataset = write_chat_dataset(config, filtered.kept, output_dir / "dataset")
     return train_adapter(config, dataset, output_dir)
 

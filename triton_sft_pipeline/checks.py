@@ -1,4 +1,5 @@
-"""Checks that can be re-run alone, from the UI or by `dagster asset materialize --select 'check:...'`: they look at what is current and change nothing."""
+"""Checks that can be re-run alone, from the UI or by `dagster asset materialize --select 'check:...'`: they look at what is current and
+change nothing."""
 
 from collections import Counter
 from typing import TYPE_CHECKING

@@ -22,7 +22,9 @@ PATH = click.Path(path_type=Path)
 
 def configured(command: Callable[..., Any]) -> Callable[..., Any]:
     """The three options that choose a configuration."""
-    command = click.option("--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.")(command)
+    command = click.option("--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.")(
+        command
+    )
     command = click.option("--config", "config_file", type=PATH, help="YAML file of settings (default: TRITON_SFT_CONFIG).")(command)
     return click.option("--preset", help="Preset to build on (default: TRITON_SFT_PRESET, else tiny).")(command)
 
@@ -50,7 +52,8 @@ def cli() -> None:
 def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> None:
     """Materialise the Dagster assets that are stale, and nothing else.
 
-    Observes the traces (TRITON_SFT_TRACES, else the shipped sample), then runs one wave after another until nothing is stale. What failed is not tried
+    Observes the traces (TRITON_SFT_TRACES, else the shipped sample), then runs one wave after another until nothing is stale. What failed
+    is not tried
     again, and what is below it is held back.
 
     \b
@@ -94,7 +97,7 @@ def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: t
 
 @cli.command("filter")
 @click.argument("inputs", nargs=-1, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Directory to write to.")
+@click.option("--out", type=PATH, help="Directory to write to; not needed with --dry-run.")
 @click.option("--require-fast-1", is_flag=True, help="Keep only speedups above 1.0.")
 @click.option("--require-fast-2", is_flag=True, help="Keep only speedups of at least 2.0.")
 @click.option("--min-speedup", type=float, help="Keep only speedups of at least this.")
@@ -104,7 +107,7 @@ def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: t
 @configured
 def filter_command(
     inputs: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     dry_run: bool,
     preset: str | None,
     config_file: Path | None,
@@ -121,13 +124,17 @@ def filter_command(
 
     given = {f"filter.{name}": value for name, value in flags.items() if value is not None and value is not False}
     config = load_config(preset=preset, file=config_file, overrides={**parse_overrides(sets), **given})
+    if not out and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
     filtered = filter_location(list(inputs) or [traces_location()], config.filter, held_out_fingerprints(config))
     _say(describe(filtered))
-    if not dry_run:
+    if out and not dry_run:
         write_filtered(filtered, out)
         _say(f"written to {out}")
     if len(filtered.kept) < config.filter.min_traces:
-        _fail(f"min_traces: {len(filtered.kept)} traces are kept, at least {config.filter.min_traces} are wanted. {out / 'dropped.jsonl'} says why.", 1)
+        why = f" {out / 'dropped.jsonl'} says why." if out and not dry_run else ""
+        wanted = f"at least {config.filter.min_traces} are wanted"
+        _fail(f"min_traces: {len(filtered.kept)} traces are kept, {wanted}.{why}", 1)
 
 
 @cli.group()
@@ -190,7 +197,9 @@ def train(
 @cli.command()
 @click.argument("traces", nargs=-1, required=True, type=PATH)
 @click.option("--out", required=True, type=PATH, help="JSON Lines, one verdict a record; an existing file is gone on with.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="cpu is Triton's interpreter.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="cpu is Triton's interpreter."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Kernels judged beside each other (default: by cores).")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds a kernel may take.")
 @click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on.")
@@ -210,13 +219,17 @@ def verify(
 
     A record needs only pytorch_code and triton_code. Killed and started again with the same --out, it goes on where it was.
     """
-    from triton_sft_pipeline.labels import judge_records, read_judgeable, write_relabelled
+    from triton_sft_pipeline.labels import Judgeable, Refused, judge_records, read_judgeable, write_relabelled
     from triton_sft_pipeline.progress import progress_bar
     from triton_sft_pipeline.verification import KernelJudge
 
-    records, refused = read_judgeable(list(traces))
-    for sentence in refused:
-        click.echo(f"not judged: {sentence}", err=True)
+    everything = read_judgeable(list(traces))
+    records = [item for item in everything if isinstance(item, Judgeable)]
+    for item in everything:
+        if isinstance(item, Refused):
+            click.echo(f"not judged: {item.sentence}", err=True)
+    if not records:
+        raise PipelineError("there is nothing to judge: no record has pytorch_code and triton_code.")
     judge = KernelJudge(device=device, workers=workers, timeout_s=timeout, trials=trials, timing=not no_timing)
     with judge, progress_bar("kernels") as progress:
         verdicts = judge_records(records, judge, out, progress)
@@ -224,7 +237,7 @@ def verify(
         _say(f"{verdict:<24} {count:>7,}")
     _say(f"{'records':<24} {len(verdicts):>7,}  {out}")
     if relabel:
-        write_relabelled(records, verdicts, relabel)
+        write_relabelled(everything, verdicts, relabel)
         _say(f"relabelled  {relabel}")
 
 
@@ -316,7 +329,7 @@ def _fail(message: str, exit_code: int) -> None:
 def main() -> None:
     """The entry point: errors meant for a person are printed as one, everything else names itself and how to see more."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="triton-sft", standalone_mode=False)
     except PipelineError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

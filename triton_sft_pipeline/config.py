@@ -1,6 +1,7 @@
 """One frozen configuration: a preset that ships with the package, then one optional YAML file, then overrides.
 
-Each room declares its own settings; this file only puts them together, resolves names to places, and says for each asset which part of it matters
+Each room declares its own settings; this file only puts them together, resolves names to places, and says for each asset which part of it
+matters
 (`code_versions`), so that a changed setting makes stale what depends on it and nothing else.
 """
 
@@ -23,6 +24,7 @@ from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.files import hash_json, sha256_file
 from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems, load_problems
+from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces.settings import FilterSettings
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 from triton_sft_pipeline.verification import JUDGE_VERSION
@@ -31,6 +33,11 @@ DEFAULT_PRESET = "tiny"
 
 STEP_VERSIONS = {"filtered_traces": "1", "chat_dataset": "1", "lora_adapter": "1", "evaluation_report": "1"}
 """Raised by whoever changes what a step makes out of the same input."""
+
+_BOOKKEEPING = frozenset(
+    {"eval_steps", "logging_steps", "report_to_wandb", "run_name", "save_steps", "save_total_limit"}
+)
+"""Training settings that decide what is written down and when, not what is learned: changing one makes nothing stale."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _SMALL = 16 * 2**20
@@ -144,6 +151,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
     dumped = config.model_dump(mode="json")
     # Where the base lies is no part of what it is: its content is, and that is hashed on its own.
     model = {k: v for k, v in dumped["model"].items() if k not in ("base_model", "revision")}
+    training = {k: v for k, v in dumped["training"].items() if k not in _BOOKKEEPING}
     return {
         "filtered_traces": {"filter": dumped["filter"], "held_out": held_out},
         "chat_dataset": {
@@ -153,7 +161,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
             "tokenizer": tokenizer_version(config.model.base_model, config.model.revision),
             "held_out": held_out,
         },
-        "lora_adapter": {"base": base, "model": model, "lora": dumped["lora"], "training": dumped["training"]},
+        "lora_adapter": {"base": base, "model": model, "lora": dumped["lora"], "training": training},
         "evaluation_report": {
             "base": base,
             "model": model,
@@ -161,15 +169,14 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
             "prompt": PROMPT_VERSION,
             "held_out": held_out,
             "judge": JUDGE_VERSION,
+            "note": config.note,
         },
     }
 
 
 def code_versions(config: Config) -> dict[str, str]:
     """Asset key -> code version: the step's own version and the hash of what it depends on beyond its inputs."""
-    return {
-        key: f"{STEP_VERSIONS[key]}-{hash_json(parts)[:12]}" for key, parts in dependencies(config).items()
-    }
+    return {key: f"{STEP_VERSIONS[key]}-{hash_json(parts)[:12]}" for key, parts in dependencies(config).items()}
 
 
 def base_model_version(base_model: str, revision: str | None = None) -> str:
@@ -203,6 +210,20 @@ def _tree_version(directory: str, stamps: tuple[tuple[str, int, int], ...]) -> s
     return hash_json(parts)
 
 
+def recorded_config(artifact: Artifact) -> Config:
+    """The configuration that an adapter was trained with.
+
+    Raises:
+        PipelineError: it was recorded by a version of this project that had other settings.
+    """
+    try:
+        return Config.model_validate(artifact.record["configuration"])
+    except (KeyError, ValidationError) as error:
+        raise PipelineError(
+            f"{artifact.path}: made by another version of this project; its settings cannot be read. Materialise {artifact.key} again."
+        ) from error
+
+
 def _read_preset(name: str) -> dict[str, Any]:
     path = _PACKAGE / "presets" / f"{name}.yaml"
     if name not in preset_names():
@@ -229,6 +250,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 @cache
 def _loader() -> type[yaml.SafeLoader]:
     """PyYAML reads `2e-4` as text, because YAML 1.1 wants a dot; everybody writes learning rates like that."""
+
     class Loader(yaml.SafeLoader):
         pass
 
@@ -253,6 +275,8 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
+        if value is None and isinstance(merged.get(key), Mapping):
+            continue  # A section whose every line is commented out.
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged

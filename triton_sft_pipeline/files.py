@@ -1,6 +1,7 @@
 """Writing files so that no reader ever sees half of one, and hashing what was written.
 
-Everything is built under a temporary name in the directory of its destination and renamed into place. Knows nothing of what is in the files.
+Everything is built under a temporary name in the directory of its destination and renamed into place. Knows nothing of what is in the
+files.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +48,11 @@ def atomic_writer(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[A
 
 
 def _umask() -> int:
+    """The process's umask, from /proc where there is one: asking the system means changing it for an instant, for every thread."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     current = os.umask(0)
     os.umask(current)
     return current
@@ -74,7 +80,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def json_bytes(text: str) -> bytes:
-    """JSON text as UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes `\\udXXX`: inside a JSON string that is its own escape."""
+    """JSON text as UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes `\\udXXX`: inside a JSON string that is its own
+    escape."""
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -1,6 +1,7 @@
 """Judging the traces of files: one verdict a record, on disk the moment it is decided, and labels measured anew.
 
-A killed run goes on where it was: a record is known by its file, its position and a hash of what is judged, because keys repeat in real files.
+A killed run goes on where it was: a record is known by its file, its position and a hash of what is judged, because keys repeat in real
+files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ UNMEASURED = frozenset({"infra_error", "reference_error", "unsupported_on_cpu", 
 
 @dataclass(frozen=True)
 class Judgeable:
-    """A record that can be judged: it needs pytorch_code and triton_code, nothing else."""
+    """A record that can be judged: it needs pytorch_code and triton_code, nothing else.
+
+    Attributes:
+        identity: content hash, position and file; what its verdict is known by.
+    """
 
     record: RawRecord
     identity: str
@@ -34,25 +39,33 @@ class Judgeable:
         return JudgeItem(key=self.identity, pytorch_code=value["pytorch_code"], triton_code=value.get("triton_code") or "")
 
 
-def read_judgeable(places: list[Path]) -> tuple[list[Judgeable], list[str]]:
-    """The records to judge, and a sentence for each one that cannot be.
+@dataclass(frozen=True)
+class Refused:
+    """What cannot be judged: its value, when it is JSON at all, and a sentence that names file, record and reason."""
+
+    value: Any
+    sentence: str
+
+
+def read_judgeable(places: list[Path]) -> list[Judgeable | Refused]:
+    """Every record of the files, in order, as something to judge or as refused.
 
     Raises:
         PipelineError: a place cannot be read.
     """
-    found: list[Judgeable] = []
-    refused: list[str] = []
+    found: list[Judgeable | Refused] = []
     for path in [file for place in places for file in trace_files(place)]:
         for item in open_trace_file(path).records():
             if isinstance(item, Break):
-                refused.append(f"{item}")
+                found.append(Refused(None, str(item)))
             elif isinstance(item, Malformed):
-                refused.append(f"{item.file}, record {item.position}: {item.detail}")
+                found.append(Refused(None, f"{item.file}, record {item.position}: {item.detail}"))
             elif not _is_judgeable(item.value):
-                refused.append(f"{item.file}, record {item.position}: pytorch_code is missing or no text, or triton_code is no text")
+                why = "pytorch_code is missing or no text, or triton_code is no text"
+                found.append(Refused(item.value, f"{item.file}, record {item.position}: {why}"))
             else:
                 found.append(Judgeable(item, _identity(item)))
-    return found, refused
+    return found
 
 
 def judge_records(
@@ -84,13 +97,17 @@ def judge_records(
     return {r.identity: known[r.identity] for r in records}
 
 
-def relabelled(records: list[Judgeable], verdicts: Mapping[str, Verdict]) -> Iterator[dict[str, Any]]:
+def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict]) -> Iterator[Any]:
     """The records in their original schema, with the measured result in place of the label where there was a result.
 
-    A record that was never judged (result missing or null) stays so: the pipeline must see it as it is. Flags follow the point estimate, as that schema means
-    them: fast_1 is a speedup above 1, fast_2 one of at least 2.
+    What cannot be judged, and a record whose result is missing or null, stays as it is: the pipeline must see it. Flags follow the point
+    estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2.
     """
     for item in records:
+        if isinstance(item, Refused):
+            if item.value is not None:
+                yield item.value
+            continue
         record = dict(item.record.value)
         verdict = verdicts[item.identity]
         if record.get("result") is not None and verdict.verdict not in UNMEASURED:
@@ -99,23 +116,29 @@ def relabelled(records: list[Judgeable], verdicts: Mapping[str, Verdict]) -> Ite
 
 
 def result_of(verdict: Verdict) -> dict[str, Any]:
-    """A verdict in the schema of a trace's `result`, with the times and the judge's word beside it."""
+    """A verdict in the schema of a trace's `result`, with the times and the judge's word beside it.
+
+    A wrong kernel has speedup 0, as in that schema; a right one whose speed was not measured (Triton's interpreter) has none.
+    """
     # Rounded first, so that the flags never contradict the number beside them.
-    speedup = round(verdict.speedup, 4) if verdict.correctness and verdict.speedup is not None else 0.0
+    speedup = 0.0 if not verdict.correctness else _rounded(verdict.speedup, 4)
     return {
         "correctness": verdict.correctness,
         "speedup": speedup,
         "fast_0": verdict.correctness,
-        "fast_1": verdict.correctness and speedup > 1.0,
-        "fast_2": verdict.correctness and speedup >= 2.0,
+        "fast_1": None if speedup is None else speedup > 1.0,
+        "fast_2": None if speedup is None else speedup >= 2.0,
         "error": None if verdict.correctness else f"{verdict.verdict}: {verdict.detail}",
-        "reference_time_ms": verdict.reference_time_ms,
-        "kernel_time_ms": verdict.kernel_time_ms,
-        "verdict": verdict.verdict,
+        "reference_time_ms": _rounded(verdict.reference_time_ms, 6),
+        "kernel_time_ms": _rounded(verdict.kernel_time_ms, 6),
     }
 
 
-def write_relabelled(records: list[Judgeable], verdicts: Mapping[str, Verdict], out: Path) -> None:
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict], out: Path) -> None:
     """Write the relabelled records as one JSON array."""
     write_json(out, list(relabelled(records, verdicts)))
 
@@ -137,7 +160,8 @@ def _line(verdict: Verdict, record: RawRecord) -> dict[str, Any]:
 
 
 def _resume(out: Path) -> dict[str, Verdict]:
-    """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of anything else is not touched."""
+    """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of anything else is
+    not touched."""
     if not out.exists():
         return {}
     data = out.read_bytes()

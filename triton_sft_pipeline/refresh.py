@@ -1,10 +1,13 @@
 """Materialise only what is stale, in waves, without a daemon or a server: what CI runs.
 
-Staleness in Dagster is one hop: a child becomes stale when its parent has a new data version. So a refresh observes the source, materialises what is
-stale and has nothing stale above it, looks again, and stops when nothing is left. A parent that comes out the same leaves its children alone. What failed
+Staleness in Dagster is one hop: a child becomes stale when its parent has a new data version. So a refresh observes the source,
+materialises what is
+stale and has nothing stale above it, looks again, and stops when nothing is left. A parent that comes out the same leaves its children
+alone. What failed
 is not tried again in the same refresh, and everything below it is held back.
 
-Two things are asked about each asset: what Dagster's event log says, and what the current artifact says of itself. The second catches what the log cannot
+Two things are asked about each asset: what Dagster's event log says, and what the current artifact says of itself. The second catches what
+the log cannot
 know: artifacts that are gone, a trial made with other settings, a log that was thrown away.
 """
 
@@ -91,9 +94,7 @@ def refresh(
         return _waves(runner, config, store, say)
 
 
-def stale_assets(
-    instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore
-) -> dict[str, str]:
+def stale_assets(instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore) -> dict[str, str]:
     """Asset key -> why it is stale, in order; fresh ones are left out. Neither observes nor runs anything."""
     logged = _stale_by_log(instance, definitions)
     versions = code_versions(config)
@@ -144,9 +145,7 @@ def _below(failed: Mapping[str, str]) -> list[str]:
     return [key for key in PARENTS if key not in failed and set(_ancestors(key)) & set(failed)]
 
 
-def _plan(
-    instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore, say: Say
-) -> Outcome:
+def _plan(instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore, say: Say) -> Outcome:
     stale = stale_assets(instance, definitions, config, store)
     current = store.current("filtered_traces")
     if current and current.inputs.get(SOURCE) != hash_location(traces_location()):
@@ -178,8 +177,10 @@ def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions) -> 
         if status == StaleStatus.MISSING:
             reasons[name] = "never materialised on this Dagster instance"
         elif status == StaleStatus.STALE:
-            causes = [f"{cause.reason} ({cause.dependency_asset_key.to_user_string()})" if cause.dependency_asset_key else cause.reason
-                      for cause in resolver.get_stale_causes(key)]
+            causes = [
+                f"{cause.reason} ({cause.dependency_asset_key.to_user_string()})" if cause.dependency_asset_key else cause.reason
+                for cause in resolver.get_stale_causes(key)
+            ]
             reasons[name] = "; ".join(dict.fromkeys(causes))
     return reasons
 
@@ -212,8 +213,9 @@ class _Runner:
 
     def materialise(self, key: str) -> str | None:
         """Run one asset with its checks; returns why it failed, or None."""
+        everything: list[Any] = [*(self.definitions.assets or []), *(self.definitions.asset_checks or [])]
         result = dg.materialize(
-            [*(self.definitions.assets or []), *(self.definitions.asset_checks or [])],
+            everything,
             selection=dg.AssetSelection.assets(key),
             instance=self.instance,
             resources=self._resources,
@@ -279,7 +281,9 @@ def open_instance() -> dg.DagsterInstance:
     if not home:
         shipped = Path(__file__).resolve().parent.parent / "dagster_home"
         if not (shipped / "dagster.yaml").is_file():
-            raise PipelineError("DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, for example ~/.dagster.")
+            raise PipelineError(
+                "DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, for example ~/.dagster."
+            )
         os.environ["DAGSTER_HOME"] = str(shipped)
     else:
         directory = Path(home).expanduser().absolute()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class StoreResource(dg.ConfigurableResource):
     """Where artifacts are read from and promoted to."""
 
-    root: str = Field("", description="Directory of the artifacts; empty: TRITON_SFT_HOME, else `storage` of the checkout.")
+    root: str = Field(default="", description="Directory of the artifacts; empty: TRITON_SFT_HOME, else `storage` of the checkout.")
 
     def open(self) -> ArtifactStore:
         """The store under `root`."""
@@ -32,17 +32,22 @@ class StoreResource(dg.ConfigurableResource):
 class GPUResource(dg.ConfigurableResource):
     """The device that trains and generates: it loads the 4-bit model and drives the SFTTrainer, in the step's own process.
 
-    Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from one asset to the next: each
+    Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from one asset to the
+    next: each
     loads what it needs and frees it.
     """
 
-    preset: str = Field("", description="For a trial: another preset than the active one (TRITON_SFT_PRESET, the configuration file, or tiny).")
+    preset: str = Field(
+        default="", description="For a trial: another preset than the active one (TRITON_SFT_PRESET, the configuration file, or tiny)."
+    )
     overrides: dict[str, Any] = Field(
-        {},
+        default={},
         description='For a trial: settings by dotted name, such as {"training.learning_rate": 1e-4}. They are recorded with the adapter, and '
         "`triton-sft refresh` counts an adapter made with them as stale.",
     )
-    progress: bool = Field(False, description="Show progress bars on the terminal. Leave it off under the web server, which stores every line.")
+    progress: bool = Field(
+        default=False, description="Show progress bars on the terminal. Leave it off under the web server, which stores every line."
+    )
 
     def settings(self, active: Config) -> Config:
         """The configuration that this resource stands for: the active one, unless a trial says otherwise.
@@ -76,8 +81,8 @@ class GPUResource(dg.ConfigurableResource):
 class JudgeResource(dg.ConfigurableResource):
     """The kernel judge: runs a kernel beside its PyTorch reference and says what it is worth."""
 
-    device: str = Field("", description="cuda, or cpu (Triton's interpreter: correctness without speed); empty: evaluation.judge_device.")
-    workers: int | None = Field(None, description="Kernels judged beside each other; null: by the number of cores.")
+    device: str = Field(default="", description="cuda or cpu (Triton's interpreter: no speed); empty: evaluation.judge_device.")
+    workers: int | None = Field(default=None, description="Kernels judged beside each other; null: by the number of cores.")
 
     @contextmanager
     def open(self, config: Config) -> Iterator[KernelJudge]:

@@ -4,8 +4,10 @@
     storage/<asset key>/current                      a symlink, replaced atomically
     storage/<asset key>/.work/<fingerprint>/         what a long step keeps so that it can go on after a kill (checkpoints)
 
-Every artifact holds `artifact.json`: its data version, the configuration that made it and the versions of what it was made from. Steps find their inputs
-through `current` alone, so that they run the same from Dagster, the command line and Python. Knows nothing of Dagster or of what is in an artifact.
+Every artifact holds `artifact.json`: its data version, the configuration that made it and the versions of what it was made from. Steps
+find their inputs
+through `current` alone, so that they run the same from Dagster, the command line and Python. Knows nothing of Dagster or of what is in an
+artifact.
 """
 
 from __future__ import annotations
@@ -157,9 +159,7 @@ class ArtifactStore:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PipelineError(
-                    f"{path}: another run is working on the same {key}; wait for it or cancel it first."
-                ) from error
+                raise PipelineError(f"{path}: another run is working on the same {key}; wait for it or cancel it first.") from error
             yield path
 
     def discard_workspace(self, key: str, fingerprint: str) -> None:
@@ -214,8 +214,8 @@ def _remove_abandoned_drafts(parent: Path) -> None:
     """Drafts of processes of this machine that are gone: what a `kill -9` leaves behind."""
     for path in parent.glob(f"{_DRAFT_PREFIX}*"):
         # From the right: a host name may hold hyphens and digits itself.
-        host, pid, _ = path.name.removeprefix(_DRAFT_PREFIX).rsplit("-", 2)
-        if host == socket.gethostname() and not Path("/proc", pid).exists():
+        host, *rest = path.name.removeprefix(_DRAFT_PREFIX).rsplit("-", 2)
+        if host == socket.gethostname() and len(rest) == 2 and not Path("/proc", rest[0]).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 

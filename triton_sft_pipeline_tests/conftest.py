@@ -19,7 +19,11 @@ settings.load_profile("house")
 
 @pytest.fixture(autouse=True)
 def own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Artifacts and Dagster's own files go to a directory of the test; settings in the environment are gone. Returns the storage root."""
+    """Artifacts and Dagster's own files go to a directory of the test; settings in the environment are gone.
+
+    Returns:
+        The storage root, which is not made yet.
+    """
     for name in os.environ:
         if name.startswith("TRITON_SFT_") and name != "TRITON_SFT_REAL_TRACES":
             monkeypatch.delenv(name)

@@ -10,7 +10,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from triton_sft_pipeline.config import Config, load_config
+from triton_sft_pipeline.config import Config, load_config, traces_location
+from triton_sft_pipeline.traces import hash_location
+from triton_sft_pipeline.traces.reader import trace_files
 
 GROUP = "triton_sft"
 """One group for all: the lineage page shows the nodes of one group at once and folds several."""
@@ -20,11 +22,27 @@ SOURCE = "reasoning_traces"
 """Key of the observed source: whatever `TRITON_SFT_TRACES` names."""
 
 
+def observe_traces() -> tuple[str, dict[str, Any]]:
+    """The content hash of what `TRITON_SFT_TRACES` names, and what the UI shows of it.
+
+    Raises:
+        PipelineError: nothing can be read there.
+    """
+    location = traces_location()
+    files = trace_files(location)
+    metadata = {
+        "location": dg.MetadataValue.path(str(location)),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    return hash_location(location), metadata
+
+
 class TrialConfig(dg.Config):
     """Settings for this run alone, from the launchpad."""
 
     overrides: dict[str, Any] = Field(
-        {},
+        default={},
         description='Settings by dotted name, such as {"filter.min_speedup": 1.2}. They are recorded with the artifact, and `triton-sft refresh` '
         "counts an artifact made with them as stale.",
     )
@@ -38,9 +56,7 @@ def settings_for(active: Config, trial: TrialConfig) -> Config:
 def source_markdown(title: str, pytorch_code: str, reasoning: str, triton_code: str) -> str:
     """A trace as a person reads it: the module, the reasoning, the kernel."""
     quoted = "\n".join(f"> {line}" for line in reasoning.strip().splitlines())
-    return (
-        f"#### {title}\n\n```python\n{pytorch_code.strip()}\n```\n\n{quoted}\n\n```python\n{triton_code.strip()}\n```"
-    )
+    return f"#### {title}\n\n```python\n{pytorch_code.strip()}\n```\n\n{quoted}\n\n```python\n{triton_code.strip()}\n```"
 
 
 HOST_TAG, PROCESS_TAG = "triton_sft/host", "triton_sft/process"

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from triton_sft_pipeline.assets.common import GROUP, TrialConfig, settings_for, source_markdown
+from triton_sft_pipeline.assets.common import GROUP, TrialConfig, settings_for, sign_run, source_markdown
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly
 from triton_sft_pipeline.assets.plots import histogram_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
@@ -43,6 +43,7 @@ def build_dataset_asset(active: Config) -> Any:
         "All traces of one problem are on one side of the split.",
     )
     def chat_dataset(context: dg.AssetExecutionContext, config: TrialConfig, store: StoreResource) -> Iterator[Any]:
+        sign_run(context)
         settings = settings_for(active, config)
         with told_plainly():
             parent = store.open().require(PARENT)
@@ -113,4 +114,3 @@ def _metadata(dataset: ChatDataset, budget: int) -> dict[str, Any]:
             source_markdown(sample.sample_key, pytorch_code_of(sample.prompt[0]["content"]), answer.reasoning or "", answer.code or "")
         ),
     }
-

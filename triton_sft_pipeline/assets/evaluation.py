@@ -10,7 +10,7 @@ from triton_sft_pipeline.assets.common import GROUP, TrialConfig, settings_for, 
 from triton_sft_pipeline.assets.gates import Gate, told_plainly, warning
 from triton_sft_pipeline.assets.plots import png_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
-from triton_sft_pipeline.config import Config, code_versions, held_out_problems
+from triton_sft_pipeline.config import Config, code_versions, held_out_problems, recorded_config
 from triton_sft_pipeline.resources import GPUResource, JudgeResource, StoreResource
 from triton_sft_pipeline.storage import Artifact
 
@@ -32,7 +32,11 @@ def build_evaluation_asset(active: Config) -> Any:
         code_version=code_versions(active)[KEY],
         automation_condition=when_stale(),
         check_specs=[
-            dg.AssetCheckSpec("tuned_not_worse", asset=KEY, description="Warns when the tuned model has fewer verified kernels than the base on any split.")
+            dg.AssetCheckSpec(
+                "tuned_not_worse",
+                asset=KEY,
+                description="Warns when the tuned model has fewer verified kernels than the base on any split.",
+            )
         ],
         description="report.html, report.md and report.json with the generations and verdicts behind them. Seen problems are a memorisation check and "
         "are never added up with held-out ones.",
@@ -71,7 +75,7 @@ def _evaluate(settings: Config, adapter: Artifact, dataset: Artifact, gpu: GPURe
     from triton_sft_pipeline.progress import progress_bar
 
     # The adapter is loaded on what it was trained on, also when that was a trial with another preset than the active one.
-    trained_with = Config.model_validate(adapter.record["configuration"])
+    trained_with = recorded_config(adapter)
     splits = {**problems_of_dataset(dataset.path), "held_out": held_out_problems(settings)}
     with (
         gpu.model(trained_with, adapter.path) as (model, tokenizer),

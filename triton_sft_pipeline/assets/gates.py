@@ -1,7 +1,9 @@
 """Gates: checks that hold a step back before anything of it is promoted.
 
-Dagster records an asset whose blocking check failed as materialised and fresh, so that the next stale-only run would train on it. A gate is stricter: the
-failed check is reported, then the step fails, and the artifact never becomes current. The asset stays stale and nothing downstream runs on it.
+Dagster records an asset whose blocking check failed as materialised and fresh, so that the next stale-only run would train on it. A gate
+is stricter: the
+failed check is reported, then the step fails, and the artifact never becomes current. The asset stays stale and nothing downstream runs on
+it.
 """
 
 from __future__ import annotations

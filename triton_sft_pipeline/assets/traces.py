@@ -5,14 +5,13 @@ from typing import Any
 
 import dagster as dg
 
-from triton_sft_pipeline.assets.common import GROUP, SOURCE, TrialConfig, settings_for, source_markdown
+from triton_sft_pipeline.assets.common import GROUP, SOURCE, TrialConfig, observe_traces, settings_for, sign_run, source_markdown
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly, warning
 from triton_sft_pipeline.assets.plots import funnel_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
 from triton_sft_pipeline.config import Config, code_versions, held_out_fingerprints, traces_location
 from triton_sft_pipeline.resources import StoreResource
-from triton_sft_pipeline.traces import Filtered, FilterSettings, Trace, describe, filter_location, hash_location, write_filtered
-from triton_sft_pipeline.traces.reader import trace_files
+from triton_sft_pipeline.traces import Filtered, FilterSettings, Trace, describe, filter_location, write_filtered
 
 KEY = "filtered_traces"
 
@@ -34,12 +33,8 @@ def build_trace_assets(active: Config) -> list[Any]:
         tags={"domain": "traces"},
     )
     def reasoning_traces() -> dg.ObserveResult:
-        location = traces_location()
         with told_plainly():
-            files = trace_files(location)
-            version = hash_location(location)
-        size = sum(file.stat().st_size for file in files)
-        metadata = {"location": dg.MetadataValue.path(str(location)), "files": len(files), "bytes": size}
+            version, metadata = observe_traces()
         return dg.ObserveResult(data_version=dg.DataVersion(version), metadata=metadata)
 
     @dg.asset(
@@ -59,6 +54,7 @@ def build_trace_assets(active: Config) -> list[Any]:
         "`dropped.jsonl` (each with its first reason) and `quarantine.jsonl` (what was no trace at all).",
     )
     def filtered_traces(context: dg.AssetExecutionContext, config: TrialConfig, store: StoreResource) -> Iterator[Any]:
+        sign_run(context)
         settings = settings_for(active, config)
         with told_plainly(), store.open().building(KEY) as draft:
             filtered = filter_location(traces_location(), settings.filter, held_out_fingerprints(settings))
@@ -94,7 +90,11 @@ def gates(filtered: Filtered, settings: FilterSettings) -> list[Gate]:
             "min_traces",
             enough,
             f"{len(kept)} traces are kept, at least {settings.min_traces} are wanted."
-            + ("" if enough else f" Of {filtered.read} read, dropped: {_counts(sums['dropped'])}; quarantined: {_counts(sums['quarantined'])}."),
+            + (
+                ""
+                if enough
+                else f" Of {filtered.read} read, dropped: {_counts(sums['dropped'])}; quarantined: {_counts(sums['quarantined'])}."
+            ),
             {"kept": len(kept), "min_traces": settings.min_traces, "funnel": dg.MetadataValue.md(_examples_of_each_reason(filtered))},
         ),
         Gate("accounting", accounted == filtered.read, f"{filtered.read} records read, {accounted} accounted for."),
@@ -107,7 +107,9 @@ def _holds_for_all(name: str, kept: list[Trace], bad: list[Trace], fault: str) -
     if not bad:
         return Gate(name, True, f"It holds for all {len(kept)} kept traces.")
     first = bad[0]
-    detail = f"{len(bad)} of {len(kept)} kept traces fail it; the first: {first.file}, record {first.position} ({first.sample_key}) {fault}."
+    detail = (
+        f"{len(bad)} of {len(kept)} kept traces fail it; the first: {first.file}, record {first.position} ({first.sample_key}) {fault}."
+    )
     return Gate(name, False, detail, {"failing": [t.sample_key for t in bad[:20]]})
 
 

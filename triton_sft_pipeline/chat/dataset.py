@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from triton_sft_pipeline.chat.prompt import assistant_message, parse_answer, user_message
 from triton_sft_pipeline.errors import PipelineError

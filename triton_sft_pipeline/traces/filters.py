@@ -42,7 +42,9 @@ def label_steps(settings: FilterSettings) -> list[Step]:
     if settings.require_correctness:
         steps.append(("correctness", _incorrect))
     if settings.require_fast_0:
-        steps.append(("fast_0", lambda t: None if t.fast_0 else f"fast_0 is not set (labelled {'correct' if t.correctness else 'incorrect'})"))
+        steps.append(
+            ("fast_0", lambda t: None if t.fast_0 else f"fast_0 is not set (labelled {'correct' if t.correctness else 'incorrect'})")
+        )
     if settings.require_fast_1:
         steps.append(("fast_1", lambda t: None if t.fast_1 else f"fast_1 is not set: speedup {_shown(t.speedup)}, wanted above 1.0"))
     if settings.require_fast_2:

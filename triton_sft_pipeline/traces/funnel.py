@@ -78,9 +78,7 @@ class Filtered:
         return hash_json(sorted(t.version for t in self.kept))
 
 
-def filter_location(
-    location: Path | Sequence[Path], settings: FilterSettings, held_out: Mapping[str, str] | None = None
-) -> Filtered:
+def filter_location(location: Path | Sequence[Path], settings: FilterSettings, held_out: Mapping[str, str] | None = None) -> Filtered:
     """Read and filter the traces at `location`.
 
     Args:
@@ -92,7 +90,9 @@ def filter_location(
     """
     steps = label_steps(settings) + ([] if held_out is None else training_steps(held_out))
     places = [location] if isinstance(location, str | Path) else location
-    return _filter_files([file for place in places for file in trace_files(place)], steps, settings.strict)
+    # A file that is named twice is read once.
+    files = {file.resolve(): file for place in places for file in trace_files(place)}
+    return _filter_files(list(files.values()), steps, settings.strict)
 
 
 def _filter_files(paths: list[Path], steps: list[Step], strict: bool) -> Filtered:
@@ -188,6 +188,4 @@ def _schema() -> Any:
     types = {"level": pa.int64(), "problem_id": pa.int64(), "position": pa.int64(), "speedup": pa.float64()}
     types |= dict.fromkeys(("has_result", "correctness", "fast_0", "fast_1", "fast_2"), pa.bool_())
     names = [f.name for f in fields(Trace)] + ["version"]
-    return pa.schema(
-        [pa.field(n, types.get(n, pa.string()), metadata={"doc": _DOCS[n]} if n in _DOCS else None) for n in names]
-    )
+    return pa.schema([pa.field(n, types.get(n, pa.string()), metadata={"doc": _DOCS[n]} if n in _DOCS else None) for n in names])

@@ -119,8 +119,8 @@ def _parse(record: RawRecord) -> Trace:
         raise _Wrong("not_an_object", f"the record is {_kind(value)}, expected an object")
     code = _text(value, "pytorch_code", required=True)
     kernel = _text(value, "triton_code", required=True)
-    for field in REASONING_FIELDS:
-        _text(value, field)
+    for name in REASONING_FIELDS:
+        _text(value, name)
     reasoning, field = reasoning_of(value)
     result = value.get("result")
     if result is not None and not isinstance(result, dict):

@@ -1,4 +1,5 @@
-"""The real pipeline with a recorded GPU: real definitions, instance, filter, dataset, gates, artifacts and report; training and generation are recorded.
+"""The real pipeline with a recorded GPU: real definitions, instance, filter, dataset, gates, artifacts and report; training and generation
+are recorded.
 
 What is not real is written out here by hand, so that a test of staleness takes seconds. The end-to-end test trains for real.
 """
@@ -20,7 +21,6 @@ from triton_sft_pipeline.files import write_json
 from triton_sft_pipeline.refresh import Outcome, refresh, stale_assets
 from triton_sft_pipeline.resources import GPUResource, JudgeResource
 from triton_sft_pipeline.storage import ArtifactStore
-from triton_sft_pipeline.training.reload import Reloaded
 from triton_sft_pipeline.training.trainer import TrainingRun
 from triton_sft_pipeline.verification import JudgeItem, Verdict
 
@@ -35,7 +35,9 @@ class RecordedGPU(GPUResource):
     loss: float = 0.5
 
     def train(self, config: Config, dataset: Path, output: Path, on_log: Any) -> TrainingRun:
-        seen = (dataset / "train.parquet").read_bytes() + config.training.model_dump_json().encode() + config.lora.model_dump_json().encode()
+        seen = (
+            (dataset / "train.parquet").read_bytes() + config.training.model_dump_json().encode() + config.lora.model_dump_json().encode()
+        )
         output.mkdir(parents=True, exist_ok=True)
         (output / "adapter_model.safetensors").write_bytes(hashlib.sha256(seen).digest())
         write_json(output / "adapter_config.json", {"base_model_name_or_path": config.model.base_model})
@@ -131,9 +133,7 @@ class Pipeline:
         return build_definitions(self.config)
 
     def refresh(self, **options: Any) -> Outcome:
-        return refresh(
-            self.instance, self.definitions, self.config, self.store, say=self.said.append, resources=self.resources, **options
-        )
+        return refresh(self.instance, self.definitions, self.config, self.store, say=self.said.append, resources=self.resources, **options)
 
     def stale(self) -> dict[str, str]:
         return stale_assets(self.instance, self.definitions, self.config, self.store)

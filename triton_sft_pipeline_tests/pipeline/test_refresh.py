@@ -19,9 +19,7 @@ EVERYTHING = ["filtered_traces", "chat_dataset", "lora_adapter", "evaluation_rep
 
 def test_the_parents_that_refresh_knows_are_those_of_the_definitions(pipeline: Pipeline) -> None:
     graph = pipeline.definitions.resolve_asset_graph()
-    found = {
-        key.to_user_string(): {p.to_user_string() for p in graph.get(key).parent_keys} for key in graph.materializable_asset_keys
-    }
+    found = {key.to_user_string(): {p.to_user_string() for p in graph.get(key).parent_keys} for key in graph.materializable_asset_keys}
     assert found == {key: set(parents) for key, parents in PARENTS.items()}
 
 
