@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -328,6 +329,9 @@ def _fail(message: str, exit_code: int) -> None:
 
 def main() -> None:
     """The entry point: errors meant for a person are printed as one, everything else names itself and how to see more."""
+    if not os.environ.get("TRITON_SFT_DEBUG"):
+        # The training libraries warn about each other's next versions; ours are pinned.
+        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         cli(prog_name="triton-sft", standalone_mode=False)
     except PipelineError as error:
