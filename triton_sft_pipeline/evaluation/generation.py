@@ -15,6 +15,7 @@ from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
+from triton_sft_pipeline.training.threads import suitable_threads
 
 STOP = "</triton>"
 REASONING_START, REASONING_END = "<think>", "</think>"
@@ -90,7 +91,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), i))
     jobs = [(index, sample) for index in order for sample in range(settings.samples)]
     done: list[Completion] = []
-    with torch.no_grad(), _evaluating(model), _adapter(model, adapter_enabled), _kept_random_state(model):
+    with (
+        torch.no_grad(),
+        suitable_threads(model),
+        _evaluating(model),
+        _adapter(model, adapter_enabled),
+        _kept_random_state(model),
+    ):
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
             torch.manual_seed(_batch_seed(settings.seed, start))

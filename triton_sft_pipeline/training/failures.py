@@ -1,0 +1,64 @@
+"""What went wrong with the machine during training, said in one sentence with what to change. Knows nothing of how
+training works."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triton_sft_pipeline.errors import StepError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+_TOO_LITTLE = 1 << 20
+"""Bytes: below this a file system counts as full when a library only says that a write failed."""
+
+
+@contextmanager
+def failures_explained(config: SFTConfig) -> Iterator[None]:
+    """Turn running out of GPU memory or disk into a StepError; everything else passes as it is."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise StepError(
+            f"Out of memory on {device_name()} with training.per_device_batch_size "
+            f"{config.per_device_train_batch_size} and training.max_length {config.max_length}: lower one of them, set "
+            "training.gradient_checkpointing to true, or choose a smaller preset."
+        ) from error
+    except Exception as error:
+        if not _disk_is_full(error, Path(config.output_dir)):
+            raise
+        raise StepError(
+            f"The disk is full while writing to {config.output_dir}: free some space, or lower "
+            "training.save_total_limit, and run again; training goes on from the last whole checkpoint."
+        ) from error
+
+
+def device_name() -> str:
+    """The device at hand and how much memory it has, for messages."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def _disk_is_full(error: Exception, directory: Path) -> bool:
+    """safetensors and torch.save wrap the operating system's error in their own types, so its number is not always
+    there."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if "No space left on device" in text or "os error 28" in text:
+        return True
+    # What torch.save says of a file system that is full, and of other things: it only counts when no space is left.
+    failed_write = "PytorchStreamWriter" in text or "inline_container" in text
+    return failed_write and directory.exists() and shutil.disk_usage(directory).free < _TOO_LITTLE
