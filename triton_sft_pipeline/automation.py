@@ -1,9 +1,9 @@
 """The same rule as `triton-sft refresh`, for people who run the Dagster daemon: two sensors,
 both off until a person turns them on.
 
-What it starts spends GPU hours, so nothing here runs by itself. `watch_traces` observes the source when its content changes;
-`refresh_when_stale` then materialises one wave after another. It acts on what changes from then on: what was stale before is
-left to a `triton-sft refresh`.
+What it starts spends GPU hours, so nothing here runs by itself. `watch_traces` observes the source when its content
+changes; `refresh_when_stale` then materialises one wave after another. It acts on what changes from then on: what was
+stale before is left to a `triton-sft refresh`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Checks that can be re-run alone, from the UI or by `dagster asset materialize --select 'check:...'`: they look at what is current and
-change nothing."""
+"""Checks that "Execute" on an asset's page runs again alone: they look at what is current and change nothing."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -31,10 +30,12 @@ def build_checks(active: Config) -> list[dg.AssetChecksDefinition]:
         asset="filtered_traces",
         name="labels_reproduce",
         pool="gpu",
-        description=f"Warns when the judge does not agree with the labels of {SAMPLE} kept traces, chosen by hash. On a CPU it judges in Triton's "
-        "interpreter: correctness alone.",
+        description=f"Warns when the judge does not agree with the labels of {SAMPLE} kept traces, chosen by hash. "
+        "On a CPU it judges in Triton's interpreter: correctness alone.",
     )
-    def labels_reproduce(context: dg.AssetCheckExecutionContext, judge: JudgeResource, store: StoreResource) -> dg.AssetCheckResult:
+    def labels_reproduce(
+        context: dg.AssetCheckExecutionContext, judge: JudgeResource, store: StoreResource
+    ) -> dg.AssetCheckResult:
         sign_run(context)
         with told_plainly():
             kept = read_kept(store.open().require("filtered_traces").path)
@@ -50,15 +51,17 @@ def labels_result(sample: list[Trace], verdicts: dict[str, "Verdict"]) -> dg.Ass
     known = [t for t in sample if verdicts[t.version].verdict not in UNKNOWN]
     differing = [t for t in known if bool(t.correctness) != verdicts[t.version].correctness]
     rows = [[t.sample_key, t.correctness, verdicts[t.version].verdict, verdicts[t.version].detail] for t in sample]
-    told = f"{len(known) - len(differing)} of {len(known)} labels hold; {len(sample) - len(known)} could not be checked on this machine."
+    counts = Counter(v.verdict for v in verdicts.values())
+    held, unknown = len(known) - len(differing), len(sample) - len(known)
+    told = f"{held} of {len(known)} labels hold; {unknown} could not be checked on this machine."
     return dg.AssetCheckResult(
         passed=not differing,
         severity=dg.AssetCheckSeverity.WARN,
         description=told + (f" The first that does not: {differing[0].sample_key}." if differing else ""),
         metadata={
-            "share_that_holds": (len(known) - len(differing)) / len(known) if known else 0.0,
+            "share_that_holds": held / len(known) if known else 0.0,
             "verdicts": dg.MetadataValue.md(table_markdown(["trace", "labelled correct", "verdict", "why"], rows)),
-            "counts": dict(Counter(v.verdict for v in verdicts.values())),
+            "counts": ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()),
         },
     )
 

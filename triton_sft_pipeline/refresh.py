@@ -227,21 +227,35 @@ class _Runner:
 
 
 def _quiet() -> dict[str, Any]:
-    """Warnings and errors only: the refresh says in its own words what it does."""
+    """Dagster's console is silent: the refresh says in its own words what it does, and the event log keeps the rest."""
     return {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 def _failure_of(result: Any) -> str:
+    """Why a run failed, in one sentence.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; whatever is below it was not meant to run either.
+    """
     for event in result.all_events:
         if event.is_step_failure:
             data = event.event_specific_data
             if data.user_failure_data and data.user_failure_data.description:
                 return data.user_failure_data.description
-            error = data.error
-            while error and error.cause:
-                error = error.cause
-            return error.to_string().strip() if error else "the step failed without saying why"
+            return _cause(data.error)
     return "the run failed before its step began; see the Dagster event log"
+
+
+def _cause(error: Any) -> str:
+    """The first cause of an error that Dagster recorded. Its traceback is in the event log; TRITON_SFT_DEBUG shows it here."""
+    while error and error.cause:
+        error = error.cause
+    if error is None:
+        return "the step failed without saying why"
+    if error.cls_name in ("DagsterExecutionInterruptedError", "KeyboardInterrupt"):
+        raise KeyboardInterrupt
+    shown = error.to_string() if os.environ.get("TRITON_SFT_DEBUG") else f"unexpected {error.message}"
+    return shown.strip()
 
 
 @contextmanager
@@ -274,19 +288,19 @@ def release_dead_runs(instance: dg.DagsterInstance, say: Say) -> None:
 def open_instance() -> dg.DagsterInstance:
     """The Dagster instance that remembers what was materialised: DAGSTER_HOME, else `dagster_home` of the checkout.
 
+    What steps print goes to this terminal and nowhere else. Dagster's copy of it would need two processes a step, which answer Ctrl-C with tracebacks.
+
     Raises:
         PipelineError: neither is there.
     """
+    from dagster._core.instance.ref import InstanceRef
+
     home = os.environ.get("DAGSTER_HOME")
-    if not home:
-        shipped = Path(__file__).resolve().parent.parent / "dagster_home"
-        if not (shipped / "dagster.yaml").is_file():
-            raise PipelineError(
-                "DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, for example ~/.dagster."
-            )
-        os.environ["DAGSTER_HOME"] = str(shipped)
-    else:
-        directory = Path(home).expanduser().absolute()
+    directory = Path(home).expanduser().absolute() if home else Path(__file__).resolve().parent.parent / "dagster_home"
+    if home:
         directory.mkdir(parents=True, exist_ok=True)
-        os.environ["DAGSTER_HOME"] = str(directory)
-    return dg.DagsterInstance.get()
+    elif not (directory / "dagster.yaml").is_file():
+        raise PipelineError("DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, for example ~/.dagster.")
+    os.environ["DAGSTER_HOME"] = str(directory)
+    quiet = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(directory), overrides={"compute_logs": quiet}))

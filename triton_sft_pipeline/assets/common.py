@@ -43,8 +43,8 @@ class TrialConfig(dg.Config):
 
     overrides: dict[str, Any] = Field(
         default={},
-        description='Settings by dotted name, such as {"filter.min_speedup": 1.2}. They are recorded with the artifact, and `triton-sft refresh` '
-        "counts an artifact made with them as stale.",
+        description='Settings by dotted name, such as {"filter.min_speedup": 1.2}. They are recorded with '
+        "the artifact, and `triton-sft refresh` counts an artifact made with them as stale.",
     )
 
 
@@ -56,7 +56,9 @@ def settings_for(active: Config, trial: TrialConfig) -> Config:
 def source_markdown(title: str, pytorch_code: str, reasoning: str, triton_code: str) -> str:
     """A trace as a person reads it: the module, the reasoning, the kernel."""
     quoted = "\n".join(f"> {line}" for line in reasoning.strip().splitlines())
-    return f"#### {title}\n\n```python\n{pytorch_code.strip()}\n```\n\n{quoted}\n\n```python\n{triton_code.strip()}\n```"
+    return (
+        f"#### {title}\n\n```python\n{pytorch_code.strip()}\n```\n\n{quoted}\n\n```python\n{triton_code.strip()}\n```"
+    )
 
 
 HOST_TAG, PROCESS_TAG = "triton_sft/host", "triton_sft/process"
@@ -75,7 +77,7 @@ def process_is_alive(stamp: str) -> bool:
 
 
 def _process_stamp(pid: int) -> str:
-    """`pid:start time in clock ticks`, from /proc (see proc_pid_stat(5), field 22); empty when there is no such process."""
+    """`pid:start time in clock ticks`, from /proc (see proc_pid_stat(5), field 22); empty when there is none."""
     try:
         fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     except OSError:

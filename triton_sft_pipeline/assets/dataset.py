@@ -15,6 +15,7 @@ from triton_sft_pipeline.chat.quality import dataset_faults
 from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter
 from triton_sft_pipeline.config import Config, code_versions, held_out_fingerprints
 from triton_sft_pipeline.resources import StoreResource
+from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces import read_kept
 
 KEY = "chat_dataset"
@@ -22,7 +23,8 @@ PARENT = "filtered_traces"
 
 GATES = {
     "format": "Every row is one user turn and one assistant turn that holds a reasoning and a kernel in their tags.",
-    "token_budget": "No row is over `training.max_length` tokens, and the train split is not empty. Nothing is ever cut.",
+    "token_budget": "No row is over `training.max_length` tokens, and the train split is not empty. "
+    "Nothing is ever cut.",
     "no_overlap": "No problem stands in two of train, test and the held-out problems.",
 }
 
@@ -39,8 +41,8 @@ def build_dataset_asset(active: Config) -> Any:
         code_version=code_versions(active)[KEY],
         automation_condition=when_stale(),
         check_specs=gate_specs(KEY, GATES),
-        description="train.parquet and test.parquet in the field's conversational form (prompt, completion), with lineage and token counts. "
-        "All traces of one problem are on one side of the split.",
+        description="train.parquet and test.parquet in the field's conversational form (prompt, completion), with "
+        "lineage and token counts. All traces of one problem are on one side of the split.",
     )
     def chat_dataset(context: dg.AssetExecutionContext, config: TrialConfig, store: StoreResource) -> Iterator[Any]:
         sign_run(context)
@@ -57,7 +59,9 @@ def build_dataset_asset(active: Config) -> Any:
                 over_budget=settings.dataset.over_budget,
             )
             for left_out in dataset.over_budget:
-                context.log.warning("%s, record %d (%s): %s", left_out.file, left_out.position, left_out.sample_key, left_out.detail)
+                context.log.warning(
+                    "%s, record %d (%s): %s", left_out.file, left_out.position, left_out.sample_key, left_out.detail
+                )
             with store.open().building(KEY) as draft:
                 write_dataset(dataset, draft.path)
                 yield from enforce(KEY, gates(dataset, budget, held_out_fingerprints(settings)))
@@ -65,11 +69,15 @@ def build_dataset_asset(active: Config) -> Any:
                     dataset.data_version,
                     code_versions(settings)[KEY],
                     inputs={PARENT: parent.data_version},
-                    record={"settings": settings.dataset.model_dump(mode="json"), "max_length": budget, "counts": counts(dataset)},
+                    record={
+                        "settings": settings.dataset.model_dump(mode="json"),
+                        "max_length": budget,
+                        "counts": counts(dataset),
+                    },
                 )
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
-            metadata=_metadata(dataset, budget) | {"path": dg.MetadataValue.path(str(artifact.path))},
+            metadata=_metadata(dataset, budget, artifact),
         )
 
     return chat_dataset
@@ -90,14 +98,15 @@ def gates(dataset: ChatDataset, budget: int, held_out: dict[str, str]) -> list[G
         "no_overlap": "No problem stands on two sides.",
     }
     left_out = {"left_out": [f"{o.sample_key}: {o.detail}" for o in dataset.over_budget[:20]]}
-    return [Gate(name, not faults[name], faults[name] or holds[name], left_out if name == "token_budget" else {}) for name in GATES]
+    return [
+        Gate(name, not faults[name], faults[name] or holds[name], left_out if name == "token_budget" else {})
+        for name in GATES
+    ]
 
 
-def _metadata(dataset: ChatDataset, budget: int) -> dict[str, Any]:
+def _metadata(dataset: ChatDataset, budget: int, artifact: Artifact) -> dict[str, Any]:
     tokens = {name: [e.tokens for e in dataset.split(name)] for name in ("train", "test")}
     every = sorted(tokens["train"] + tokens["test"])
-    sample = min(dataset.examples, key=lambda e: e.tokens)
-    answer = parse_answer(sample.completion[0]["content"])
     split = table_markdown(
         ["split", "rows", "problems"],
         [[n, len(dataset.split(n)), len({e.problem for e in dataset.split(n)})] for n in ("train", "test")],
@@ -110,7 +119,15 @@ def _metadata(dataset: ChatDataset, budget: int) -> dict[str, Any]:
         "tokens_total": sum(every),
         "splits": dg.MetadataValue.md(split),
         "token_lengths": dg.MetadataValue.md(histogram_markdown(tokens, "Tokens a sample", budget)),
-        "sample": dg.MetadataValue.md(
-            source_markdown(sample.sample_key, pytorch_code_of(sample.prompt[0]["content"]), answer.reasoning or "", answer.code or "")
-        ),
+        "path": dg.MetadataValue.path(str(artifact.path)),
+        "sample": dg.MetadataValue.md(_sample(dataset)),
     }
+
+
+def _sample(dataset: ChatDataset) -> str:
+    """The shortest of those that are faster than PyTorch, if any is."""
+    faster = [e for e in dataset.examples if (e.speedup or 0) > 1]
+    sample = min(faster or dataset.examples, key=lambda e: e.tokens)
+    answer = parse_answer(sample.completion[0]["content"])
+    pytorch_code = pytorch_code_of(sample.prompt[0]["content"])
+    return source_markdown(sample.sample_key, pytorch_code, answer.reasoning or "", answer.code or "")

@@ -1,4 +1,4 @@
-"""`evaluation_report`: base against tuned, on seen problems, on the test split and on held-out problems, as the judge decides."""
+"""`evaluation_report`: base against tuned, on seen, test and held-out problems, as the judge decides."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +38,15 @@ def build_evaluation_asset(active: Config) -> Any:
                 description="Warns when the tuned model has fewer verified kernels than the base on any split.",
             )
         ],
-        description="report.html, report.md and report.json with the generations and verdicts behind them. Seen problems are a memorisation check and "
-        "are never added up with held-out ones.",
+        description="report.html, report.md and report.json with the generations and verdicts behind them. Seen "
+        "problems are a memorisation check and are never added up with held-out ones.",
     )
     def evaluation_report(
-        context: dg.AssetExecutionContext, config: TrialConfig, gpu: GPUResource, judge: JudgeResource, store: StoreResource
+        context: dg.AssetExecutionContext,
+        config: TrialConfig,
+        gpu: GPUResource,
+        judge: JudgeResource,
+        store: StoreResource,
     ) -> Iterator[Any]:
         from triton_sft_pipeline.evaluation import scores_hash, write_report
 
@@ -64,17 +68,20 @@ def build_evaluation_asset(active: Config) -> Any:
                 )
         yield warning(KEY, tuned_not_worse(report))
         yield dg.MaterializeResult(
-            data_version=dg.DataVersion(artifact.data_version), metadata=_metadata(report, artifact.path, opened.current_link(KEY))
+            data_version=dg.DataVersion(artifact.data_version),
+            metadata=_metadata(report, artifact.path, opened.current_link(KEY)),
         )
 
     return evaluation_report
 
 
-def _evaluate(settings: Config, adapter: Artifact, dataset: Artifact, gpu: GPUResource, judge: JudgeResource, out: Path) -> dict[str, Any]:
+def _evaluate(
+    settings: Config, adapter: Artifact, dataset: Artifact, gpu: GPUResource, judge: JudgeResource, out: Path
+) -> dict[str, Any]:
     from triton_sft_pipeline.evaluation.run import evaluate_splits, problems_of_dataset
     from triton_sft_pipeline.progress import progress_bar
 
-    # The adapter is loaded on what it was trained on, also when that was a trial with another preset than the active one.
+    # The adapter is loaded on what it was trained on, also when that was a trial with another preset.
     trained_with = recorded_config(adapter)
     splits = {**problems_of_dataset(dataset.path), "held_out": held_out_problems(settings)}
     with (
@@ -105,7 +112,8 @@ def _facts(settings: Config, trained_with: Config, adapter: Artifact, dataset: A
         "filtered_traces_version": dataset.inputs["filtered_traces"],
         "held_out": str(settings.held_out),
         "training_seed": trained_with.training.seed,
-        "repeat_with": f"TRITON_SFT_PRESET={trained_with.preset} dagster asset materialize -m triton_sft_pipeline.definitions --select {KEY}",
+        "repeat_with": f"TRITON_SFT_PRESET={trained_with.preset} "
+        f"dagster asset materialize -m triton_sft_pipeline.definitions --select {KEY}",
     }
 
 
@@ -120,7 +128,13 @@ def _metadata(report: dict[str, Any], path: Path, link: Path) -> dict[str, Any]:
     from triton_sft_pipeline.evaluation import score_plot_png
 
     rows = [
-        [split, model, report[model][split]["n"], report[model][split]["verified"], _interval(report[model][split]["verified_interval"])]
+        [
+            split,
+            model,
+            report[model][split]["n"],
+            report[model][split]["verified"],
+            _interval(report[model][split]["verified_interval"]),
+        ]
         for split in SPLITS
         for model in ("base", "tuned")
     ]
@@ -132,13 +146,19 @@ def _metadata(report: dict[str, Any], path: Path, link: Path) -> dict[str, Any]:
     }
     return {
         "headline": report["headline"],
-        **numbers,
         "scores": dg.MetadataValue.md(table_markdown(["split", "model", "n", "verified", "95 % interval"], rows)),
-        "plot": dg.MetadataValue.md(png_markdown(score_plot_png(report))),
-        "report": dg.MetadataValue.url((link / "report.html").as_uri()),
+        "scores_plot": dg.MetadataValue.md(png_markdown(score_plot_png(report))),
         "notes": dg.MetadataValue.md("\n".join(f"- {note}" for note in report["notes"])),
+        # A browser opens no file from a page that came over HTTP: what fits into a dialog is here as well as linked.
+        "report": dg.MetadataValue.md(_without_problems((path / "report.md").read_text(encoding="utf-8"))),
+        "report_html": dg.MetadataValue.url((link / "report.html").as_uri()),
         "path": dg.MetadataValue.path(str(path)),
+        **numbers,
     }
+
+
+def _without_problems(markdown: str) -> str:
+    return markdown.partition("\n## Problems")[0] + "\n\nEach problem with its answers: `report.html`."
 
 
 def _interval(interval: list[float] | None) -> str:

@@ -1,9 +1,8 @@
 """Gates: checks that hold a step back before anything of it is promoted.
 
-Dagster records an asset whose blocking check failed as materialised and fresh, so that the next stale-only run would train on it. A gate
-is stricter: the
-failed check is reported, then the step fails, and the artifact never becomes current. The asset stays stale and nothing downstream runs on
-it.
+Dagster records an asset whose blocking check failed as materialised and fresh, so that the next stale-only run would
+train on it. A gate is stricter: the failed check is reported, then the step fails, and the artifact never becomes
+current. The asset stays stale and nothing downstream runs on it.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def warning(asset: str, gate: Gate) -> dg.AssetCheckResult:
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Errors meant for a person become step failures with that message and no retry; everything else stays a bug with its traceback."""
+    """Errors meant for a person become step failures with that message and no retry; the rest stay bugs."""
     try:
         yield
     except PipelineError as error:

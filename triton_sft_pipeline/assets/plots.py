@@ -13,24 +13,29 @@ from typing import Any
 INK, ACCENT, MUTED, WARN = "#2b3440", "#3b6fd4", "#b8c2cf", "#d4733b"
 
 
-def funnel_markdown(funnel: Mapping[str, Any]) -> str:
-    """Bars of what became of the records that were read, and the same as a table."""
-    rows = [("kept", funnel["kept"], ACCENT)]
-    rows += [(reason, count, WARN) for reason, count in funnel["dropped"].items()]
-    rows += [(reason, count, MUTED) for reason, count in funnel["quarantined"].items()]
-    table = ["| what became of them | records |", "|---|---:|", f"| **read** | **{funnel['read']:,}** |"]
-    kinds = {ACCENT: "", WARN: "dropped: ", MUTED: "quarantined: "}
-    table += [f"| {kinds[color]}{name} | {count:,} |" for name, count, color in rows]
+def funnel_table(funnel: Mapping[str, Any]) -> str:
+    """What became of the records that were read: a table short enough for the UI to show in place."""
+    rows = [[name, f"{count:,}"] for name, count, _ in _funnel_rows(funnel)]
+    return table_markdown(["what became of them", "records"], [["read", f"{funnel['read']:,}"], *rows])
+
+
+def funnel_plot(funnel: Mapping[str, Any]) -> str:
+    """The same as bars."""
+    names, counts, colors = zip(*reversed(_funnel_rows(funnel)), strict=True)
 
     def draw(axes: Any) -> None:
-        names = [name for name, _, _ in rows][::-1]
-        counts = [count for _, count, _ in rows][::-1]
-        bars = axes.barh(names, counts, color=[color for _, _, color in rows][::-1])
+        bars = axes.barh(names, counts, color=colors)
         axes.bar_label(bars, padding=3, color=INK)
         axes.set_title(f"{funnel['read']:,} records read")
         axes.spines[["top", "right"]].set_visible(False)
 
-    return image(draw, height=1.2 + 0.32 * len(rows)) + "\n\n" + "\n".join(table)
+    return image(draw, height=1.2 + 0.32 * len(names))
+
+
+def _funnel_rows(funnel: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    rows = [("kept", funnel["kept"], ACCENT)]
+    rows += [(f"dropped: {reason}", count, WARN) for reason, count in funnel["dropped"].items()]
+    return rows + [(f"quarantined: {reason}", count, MUTED) for reason, count in funnel["quarantined"].items()]
 
 
 def histogram_markdown(values: Mapping[str, Sequence[int]], title: str, limit: int) -> str:

@@ -5,19 +5,28 @@ from typing import Any
 
 import dagster as dg
 
-from triton_sft_pipeline.assets.common import GROUP, SOURCE, TrialConfig, observe_traces, settings_for, sign_run, source_markdown
+from triton_sft_pipeline.assets.common import (
+    GROUP,
+    SOURCE,
+    TrialConfig,
+    observe_traces,
+    settings_for,
+    sign_run,
+    source_markdown,
+)
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly, warning
-from triton_sft_pipeline.assets.plots import funnel_markdown, table_markdown
+from triton_sft_pipeline.assets.plots import funnel_plot, funnel_table, table_markdown
 from triton_sft_pipeline.automation import when_stale
 from triton_sft_pipeline.config import Config, code_versions, held_out_fingerprints, traces_location
 from triton_sft_pipeline.resources import StoreResource
+from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces import Filtered, FilterSettings, Trace, describe, filter_location, write_filtered
 
 KEY = "filtered_traces"
 
 GATES = {
     "correctness": "Every kept trace is labelled correct: its kernel's output matched PyTorch.",
-    "fast_0": "Every kept trace has fast_0 set: the same bar as correctness, so a contradiction between the two is caught.",
+    "fast_0": "Every kept trace has fast_0 set: the same bar as correctness, so that a contradiction is caught.",
     "min_traces": "At least `filter.min_traces` traces are kept.",
     "accounting": "Every record that was read was kept, dropped or quarantined: nothing is lost.",
 }
@@ -29,8 +38,10 @@ def build_trace_assets(active: Config) -> list[Any]:
     @dg.observable_source_asset(
         name=SOURCE,
         group_name=GROUP,
-        description="Raw reasoning traces: the file or folder that `TRITON_SFT_TRACES` names, by default the shipped sample. Observe it to see a change.",
-        tags={"domain": "traces"},
+        description="Raw reasoning traces: the file or folder that `TRITON_SFT_TRACES` names, by default the shipped "
+        "sample. Observe it to see a change.",
+        # An observed source takes no `kinds`; this tag is how Dagster writes them.
+        tags={"domain": "traces", "dagster/kind/json": ""},
     )
     def reasoning_traces() -> dg.ObserveResult:
         with told_plainly():
@@ -47,11 +58,19 @@ def build_trace_assets(active: Config) -> list[Any]:
         automation_condition=when_stale(),
         check_specs=[
             *gate_specs(KEY, GATES),
-            dg.AssetCheckSpec("share_kept", asset=KEY, description="Warns when less than `filter.min_share_kept` of the records is kept."),
-            dg.AssetCheckSpec("whole_files", asset=KEY, description="Warns when a file broke off and only the records before were read."),
+            dg.AssetCheckSpec(
+                "share_kept",
+                asset=KEY,
+                description="Warns when less than `filter.min_share_kept` of the records is kept.",
+            ),
+            dg.AssetCheckSpec(
+                "whole_files",
+                asset=KEY,
+                description="Warns when a file broke off and only the records before were read.",
+            ),
         ],
-        description="Traces worth training on: labelled correct, with a reasoning, and not about a held-out problem. Beside them lie "
-        "`dropped.jsonl` (each with its first reason) and `quarantine.jsonl` (what was no trace at all).",
+        description="Traces worth training on: labelled correct, with a reasoning, and not about a held-out problem. "
+        "Beside them lie `dropped.jsonl` (each with its first reason) and `quarantine.jsonl` (what was no trace).",
     )
     def filtered_traces(context: dg.AssetExecutionContext, config: TrialConfig, store: StoreResource) -> Iterator[Any]:
         sign_run(context)
@@ -71,7 +90,7 @@ def build_trace_assets(active: Config) -> list[Any]:
         yield warning(KEY, _whole_files(filtered))
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
-            metadata=_metadata(filtered) | {"path": dg.MetadataValue.path(str(artifact.path))},
+            metadata=_metadata(filtered, artifact),
         )
 
     return [reasoning_traces, filtered_traces]
@@ -90,12 +109,12 @@ def gates(filtered: Filtered, settings: FilterSettings) -> list[Gate]:
             "min_traces",
             enough,
             f"{len(kept)} traces are kept, at least {settings.min_traces} are wanted."
-            + (
-                ""
-                if enough
-                else f" Of {filtered.read} read, dropped: {_counts(sums['dropped'])}; quarantined: {_counts(sums['quarantined'])}."
-            ),
-            {"kept": len(kept), "min_traces": settings.min_traces, "funnel": dg.MetadataValue.md(_examples_of_each_reason(filtered))},
+            + ("" if enough else _losses(filtered)),
+            {
+                "kept": len(kept),
+                "min_traces": settings.min_traces,
+                "dropped_and_quarantined": dg.MetadataValue.md(_examples_of_each_reason(filtered)),
+            },
         ),
         Gate("accounting", accounted == filtered.read, f"{filtered.read} records read, {accounted} accounted for."),
     ]
@@ -107,9 +126,8 @@ def _holds_for_all(name: str, kept: list[Trace], bad: list[Trace], fault: str) -
     if not bad:
         return Gate(name, True, f"It holds for all {len(kept)} kept traces.")
     first = bad[0]
-    detail = (
-        f"{len(bad)} of {len(kept)} kept traces fail it; the first: {first.file}, record {first.position} ({first.sample_key}) {fault}."
-    )
+    place = f"{first.file}, record {first.position} ({first.sample_key})"
+    detail = f"{len(bad)} of {len(kept)} kept traces fail it; the first: {place} {fault}."
     return Gate(name, False, detail, {"failing": [t.sample_key for t in bad[:20]]})
 
 
@@ -124,7 +142,7 @@ def _whole_files(filtered: Filtered) -> Gate:
     return Gate("whole_files", not filtered.breaks, detail)
 
 
-def _metadata(filtered: Filtered) -> dict[str, Any]:
+def _metadata(filtered: Filtered, artifact: Artifact) -> dict[str, Any]:
     funnel = filtered.funnel
     return {
         "dagster/row_count": len(filtered.kept),
@@ -133,9 +151,12 @@ def _metadata(filtered: Filtered) -> dict[str, Any]:
         "quarantined": sum(funnel["quarantined"].values()),
         "share_kept": len(filtered.kept) / filtered.read if filtered.read else 0.0,
         "problems": len({t.problem for t in filtered.kept}),
-        "source_hash": filtered.source_hash,
-        "funnel": dg.MetadataValue.md(funnel_markdown(funnel)),
+        # The whole of it is in artifact.json; 64 characters in one piece make the page's table wider than the page.
+        "source_hash": filtered.source_hash[:16],
+        "funnel": dg.MetadataValue.md(funnel_table(funnel)),
+        "funnel_plot": dg.MetadataValue.md(funnel_plot(funnel)),
         "dropped_and_quarantined": dg.MetadataValue.md(_examples_of_each_reason(filtered)),
+        "path": dg.MetadataValue.path(str(artifact.path)),
         "sample_trace": dg.MetadataValue.md(_sample(filtered.kept)),
     }
 
@@ -153,8 +174,14 @@ def _examples_of_each_reason(filtered: Filtered, per_reason: int = 5) -> str:
 
 
 def _sample(kept: list[Trace]) -> str:
-    trace = min(kept, key=lambda t: len(t.pytorch_code) + len(t.triton_code))
+    """The shortest of those that are faster than PyTorch, if any is."""
+    trace = min([t for t in kept if t.fast_1] or kept, key=lambda t: len(t.pytorch_code) + len(t.triton_code))
     return source_markdown(trace.sample_key, trace.pytorch_code, trace.reasoning or "", trace.triton_code)
+
+
+def _losses(filtered: Filtered) -> str:
+    dropped, quarantined = _counts(filtered.funnel["dropped"]), _counts(filtered.funnel["quarantined"])
+    return f" Of {filtered.read} read, dropped: {dropped}; quarantined: {quarantined}."
 
 
 def _counts(counts: dict[str, int]) -> str:

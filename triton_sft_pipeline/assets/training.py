@@ -9,7 +9,7 @@ import dagster as dg
 
 from triton_sft_pipeline.assets.common import GROUP, sign_run
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly, warning
-from triton_sft_pipeline.assets.plots import curves_markdown
+from triton_sft_pipeline.assets.plots import curves_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
 from triton_sft_pipeline.config import Config, code_versions, dependencies
 from triton_sft_pipeline.files import hash_json, sha256_file
@@ -44,10 +44,12 @@ def build_training_asset(active: Config) -> Any:
         automation_condition=when_stale(),
         check_specs=[
             *gate_specs(KEY, GATES),
-            dg.AssetCheckSpec("eval_loss_improved", asset=KEY, description="Warns when the loss on the test split did not fall."),
+            dg.AssetCheckSpec(
+                "eval_loss_improved", asset=KEY, description="Warns when the loss on the test split did not fall."
+            ),
         ],
-        description="The QLoRA adapter: weights, tokenizer, config, training log and TensorBoard events in the layout that "
-        "`AutoPeftModelForCausalLM.from_pretrained` loads. A killed run goes on from its last checkpoint.",
+        description="The QLoRA adapter: weights, tokenizer, config, training log and TensorBoard events in the layout "
+        "that `AutoPeftModelForCausalLM.from_pretrained` loads. A killed run goes on from its last checkpoint.",
     )
     def lora_adapter(context: dg.AssetExecutionContext, gpu: GPUResource, store: StoreResource) -> Iterator[Any]:
         sign_run(context)
@@ -107,7 +109,7 @@ def gates(run: "TrainingRun", reloaded: "Reloaded") -> list[Gate]:
 
 
 def _live_curve(context: dg.AssetExecutionContext, logging_steps: int) -> Callable[[int, dict[str, float]], None]:
-    """Every log line of the trainer becomes an observation of the adapter, at most about fifty in all: a curve to watch in the asset's
+    """Every log line of the trainer becomes an observation of the adapter, at most about fifty: a curve to watch in its
     plots."""
     seen = 0
     stride = 1
@@ -115,7 +117,7 @@ def _live_curve(context: dg.AssetExecutionContext, logging_steps: int) -> Callab
     def on_log(step: int, metrics: dict[str, float]) -> None:
         nonlocal seen, stride
         seen += 1
-        # How many lines there will be is not known here. Halving the rate each time fifty more were seen keeps the number near fifty.
+        # How many lines there will be is not known here: halving the rate each time fifty more were seen keeps near it.
         if seen > MOST_OBSERVATIONS * stride:
             stride *= 2
         shown = {k: v for k, v in metrics.items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")}
@@ -152,7 +154,9 @@ def _eval_loss(run: "TrainingRun") -> Gate:
     if run.eval_loss is None:
         return Gate("eval_loss_improved", True, "There is no test split to measure it on.")
     before, after = run.eval_loss
-    return Gate("eval_loss_improved", after < before, f"Loss on the test split: {before:.4g} before, {after:.4g} after.")
+    return Gate(
+        "eval_loss_improved", after < before, f"Loss on the test split: {before:.4g} before, {after:.4g} after."
+    )
 
 
 def _metadata(run: "TrainingRun", settings: Config) -> dict[str, Any]:
@@ -163,16 +167,23 @@ def _metadata(run: "TrainingRun", settings: Config) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "preset": settings.preset,
         "base_model": settings.model.base_model,
-        "train_loss": run.train_loss[1],
+        "train_loss": round(run.train_loss[1], 4),
         "steps": run.steps,
-        "seconds": run.seconds,
+        "seconds": round(run.seconds, 1),
         "trainable_parameters": run.trainable_parameters,
         "adapted_modules": run.adapters,
-        "loss": dg.MetadataValue.md(curves_markdown(curves, f"Loss in {run.steps} steps", "optimiser step")),
-        "settings": dg.MetadataValue.json({k: settings.model_dump(mode="json")[k] for k in ("model", "lora", "training")}),
+        # Not `loss`: the live curve has that name.
+        "loss_plot": dg.MetadataValue.md(curves_markdown(curves, f"Loss in {run.steps} steps", "optimiser step")),
+        "settings": dg.MetadataValue.md(_settings_table(settings)),
     }
     if run.eval_loss is not None:
-        metadata["eval_loss"] = run.eval_loss[1]
+        metadata["eval_loss"] = round(run.eval_loss[1], 4)
     if run.resumed_from is not None:
         metadata["resumed_from_step"] = run.resumed_from
     return metadata
+
+
+def _settings_table(settings: Config) -> str:
+    sections = settings.model_dump(mode="json", include={"model", "lora", "training"})
+    rows = [[f"{name}.{field}", value] for name, section in sections.items() for field, value in section.items()]
+    return table_markdown(["setting", "value"], rows)
