@@ -1,8 +1,7 @@
 """From verified reasoning traces to a model that writes Triton kernels.
 
-The names below are the steps of a training, each usable alone; they are imported when first used, so that importing the package costs
-nothing.
-The pipeline itself is `triton_sft_pipeline.definitions`.
+The names below are the steps of a training, each usable alone; they are imported when first used, so that importing the
+package costs nothing. The pipeline itself is `triton_sft_pipeline.definitions`.
 """
 
 from __future__ import annotations

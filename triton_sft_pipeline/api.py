@@ -33,7 +33,8 @@ def load_and_filter_traces(
 ) -> list[dict[str, Any]]:
     """Read traces and keep those whose labels pass; prints what was kept and why the rest was not.
 
-    These filters alone, no other step of the pipeline: nothing is said about reasoning, duplicates or held-out problems.
+    These filters alone, no other step of the pipeline: nothing is said about reasoning, duplicates or held-out
+    problems.
 
     Args:
         path: a .json or .jsonl file of traces, or a folder of them; default TRITON_SFT_TRACES, else the shipped sample.
@@ -66,7 +67,8 @@ def load_and_filter_traces(
 def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1) -> DatasetDict:
     """Turn raw traces into prompt and completion, and split them by problem.
 
-    The split depends on the set of problems alone: it is the same in any order, and all traces of one problem are on one side.
+    The split depends on the set of problems alone: it is the same in any order, and all traces of one problem are on
+    one side.
 
     Args:
         traces: raw records; the reasoning is `model_reasoning`, else `reasoning`, else `thinking`.
@@ -84,15 +86,20 @@ def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1)
     from triton_sft_pipeline.traces.record import Malformed, RawRecord, parse_record
 
     parsed = [
-        parse_record(RawRecord("prepare_dataset(traces)", i, 0, dict(t) if isinstance(t, Mapping) else t, "")) for i, t in enumerate(traces)
+        parse_record(RawRecord("prepare_dataset(traces)", i, 0, dict(t) if isinstance(t, Mapping) else t, ""))
+        for i, t in enumerate(traces)
     ]
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     good = []
     for index, trace in enumerate(parsed):
         if isinstance(trace, Malformed):
-            raise PipelineError(f"trace {index}: {trace.detail}. Filter the traces first: load_and_filter_traces(path).")
+            raise PipelineError(
+                f"trace {index}: {trace.detail}. Filter the traces first: load_and_filter_traces(path)."
+            )
         if not trace.reasoning:
-            raise PipelineError(f"trace {index} ({trace.sample_key}): no model_reasoning, reasoning or thinking to train on.")
+            raise PipelineError(
+                f"trace {index} ({trace.sample_key}): no model_reasoning, reasoning or thinking to train on."
+            )
         good.append(trace)
     if not good:
         raise PipelineError("prepare_dataset was given no traces.")
@@ -141,8 +148,11 @@ def create_lora_config(preset: str | None = None, **settings: Any) -> LoraConfig
     return create(_section("lora", preset, settings))
 
 
-def create_training_config(output_dir: str | Path | None = None, preset: str | None = None, **settings: Any) -> SFTConfig:
-    """The training configuration: lr 2e-4, cosine, warm-up 0.1, weight decay 0.01, batch 1 x 8, 3 epochs, 4096 tokens, checkpointing.
+def create_training_config(
+    output_dir: str | Path | None = None, preset: str | None = None, **settings: Any
+) -> SFTConfig:
+    """The training configuration: lr 2e-4, cosine, warm-up 0.1, weight decay 0.01, batch 1 x 8, 3 epochs, 4096 tokens,
+    checkpointing.
 
     Args:
         output_dir: where adapter, checkpoints and TensorBoard logs go; default `sft_output` under the storage root.
@@ -161,7 +171,8 @@ def train(
     training_config: SFTConfig | None = None,
     lora_config: LoraConfig | None = None,
 ) -> TrainingRun:
-    """Fine-tune with TRL's SFTTrainer and save adapter, tokenizer and TensorBoard logs to the configuration's output directory.
+    """Fine-tune with TRL's SFTTrainer and save adapter, tokenizer and TensorBoard logs to the configuration's output
+    directory.
 
     Args:
         model, tokenizer: from `load_model_and_tokenizer`.
@@ -237,7 +248,9 @@ def adapter_settings(adapter: Path | None) -> tuple[Config, Path]:
     return load_config(overrides={"model.base_model": base}), adapter
 
 
-def main(traces: str | Path | None = None, output_dir: str | Path | None = None, preset: str | None = None) -> TrainingRun:
+def main(
+    traces: str | Path | None = None, output_dir: str | Path | None = None, preset: str | None = None
+) -> TrainingRun:
     """The whole training as a plain program, without Dagster: filter, chat dataset, QLoRA, adapter.
 
     Args:
@@ -251,7 +264,9 @@ def main(traces: str | Path | None = None, output_dir: str | Path | None = None,
         StepError: out of memory, or a full disk.
     """
     config = load_config(preset=preset)
-    return train_from_traces(config, Path(traces) if traces else traces_location(), Path(output_dir or storage_root() / OUTPUT))
+    return train_from_traces(
+        config, Path(traces) if traces else traces_location(), Path(output_dir or storage_root() / OUTPUT)
+    )
 
 
 def train_from_traces(config: Config, traces: Path, output_dir: Path) -> TrainingRun:
@@ -263,7 +278,8 @@ def train_from_traces(config: Config, traces: Path, output_dir: Path) -> Trainin
     print(describe(filtered))
     if len(filtered.kept) < config.filter.min_traces:
         raise GateError(
-            f"{traces}: {len(filtered.kept)} traces are kept, filter.min_traces wants {config.filter.min_traces}.", "min_traces"
+            f"{traces}: {len(filtered.kept)} traces are kept, filter.min_traces wants {config.filter.min_traces}.",
+            "min_traces",
         )
     dataset = write_chat_dataset(config, filtered.kept, output_dir / "dataset")
     return train_adapter(config, dataset, output_dir)
@@ -315,7 +331,9 @@ def train_adapter(config: Config, dataset: Path, output_dir: Path) -> TrainingRu
     run = train_on_dataset(config.model, config.lora, config.training, dataset, output_dir, progress=on_a_terminal())
     if not losses_finite(run.log_history):
         raise GateError("a logged loss is not a number: lower training.learning_rate.", "loss_finite")
-    print(f"adapter       {run.steps} steps, loss {run.train_loss[0]:.3g} -> {run.train_loss[1]:.3g}  {run.adapter_dir}")
+    print(
+        f"adapter       {run.steps} steps, loss {run.train_loss[0]:.3g} -> {run.train_loss[1]:.3g}  {run.adapter_dir}"
+    )
     return run
 
 

@@ -23,10 +23,12 @@ PATH = click.Path(path_type=Path)
 
 def configured(command: Callable[..., Any]) -> Callable[..., Any]:
     """The three options that choose a configuration."""
-    command = click.option("--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated.")(
-        command
-    )
-    command = click.option("--config", "config_file", type=PATH, help="YAML file of settings (default: TRITON_SFT_CONFIG).")(command)
+    command = click.option(
+        "--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated."
+    )(command)
+    command = click.option(
+        "--config", "config_file", type=PATH, help="YAML file of settings (default: TRITON_SFT_CONFIG)."
+    )(command)
     return click.option("--preset", help="Preset to build on (default: TRITON_SFT_PRESET, else tiny).")(command)
 
 
@@ -53,9 +55,8 @@ def cli() -> None:
 def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> None:
     """Materialise the Dagster assets that are stale, and nothing else.
 
-    Observes the traces (TRITON_SFT_TRACES, else the shipped sample), then runs one wave after another until nothing is stale. What failed
-    is not tried
-    again, and what is below it is held back.
+    Observes the traces (TRITON_SFT_TRACES, else the shipped sample), then runs one wave after another until nothing is
+    stale. What failed is not tried again, and what is below it is held back.
 
     \b
     Exit code 0  refreshed, or nothing to do
@@ -117,8 +118,8 @@ def filter_command(
 ) -> None:
     """Keep the traces worth training on: INPUTS are files or folders.
 
-    Without INPUTS: TRITON_SFT_TRACES, else the shipped sample. Writes filtered_traces.parquet, dropped.jsonl (each with its first reason),
-    quarantine.jsonl (what was no trace) and funnel.json.
+    Without INPUTS: TRITON_SFT_TRACES, else the shipped sample. Writes filtered_traces.parquet, dropped.jsonl (each with
+    its first reason), quarantine.jsonl (what was no trace) and funnel.json.
     """
     from triton_sft_pipeline.config import held_out_fingerprints
     from triton_sft_pipeline.traces import describe, filter_location, write_filtered
@@ -147,10 +148,13 @@ def dataset() -> None:
 @click.argument("filtered", required=False, type=PATH)
 @click.option("--out", required=True, type=PATH, help="Directory to write train.parquet and test.parquet to.")
 @configured
-def dataset_build(filtered: Path | None, out: Path, preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> None:
+def dataset_build(
+    filtered: Path | None, out: Path, preset: str | None, config_file: Path | None, sets: tuple[str, ...]
+) -> None:
     """Build train.parquet and test.parquet from FILTERED.
 
-    FILTERED is a directory that `triton-sft filter` wrote; without it, the current filtered_traces. The token budget is the preset's
+    FILTERED is a directory that `triton-sft filter` wrote; without it, the current filtered_traces. The token budget is
+    the preset's
     training.max_length: a longer sample is dropped with a reason, never cut.
     """
     from triton_sft_pipeline.api import write_chat_dataset
@@ -179,7 +183,8 @@ def train(
 ) -> None:
     """Filter, build the dataset and train, without Dagster.
 
-    Writes an adapter that AutoPeftModelForCausalLM.from_pretrained loads. Started again after a kill, it goes on from its last checkpoint.
+    Writes an adapter that AutoPeftModelForCausalLM.from_pretrained loads. Started again after a kill, it goes on from
+    its last checkpoint.
     """
     from triton_sft_pipeline.api import OUTPUT, train_adapter, train_from_traces
 
@@ -197,13 +202,23 @@ def train(
 
 @cli.command()
 @click.argument("traces", nargs=-1, required=True, type=PATH)
-@click.option("--out", required=True, type=PATH, help="JSON Lines, one verdict a record; an existing file is gone on with.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="cpu is Triton's interpreter."
+    "--out", required=True, type=PATH, help="JSON Lines, one verdict a record; an existing file is gone on with."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="cpu is Triton's interpreter.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Kernels judged beside each other (default: by cores).")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds a kernel may take.")
-@click.option("--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds a kernel may take."
+)
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on."
+)
 @click.option("--no-timing", is_flag=True, help="Correctness alone.")
 @click.option("--relabel", type=PATH, metavar="OUT.json", help="Also write the traces with measured results.")
 def verify(
@@ -218,7 +233,8 @@ def verify(
 ) -> None:
     """Judge every kernel of TRACES (files or folders).
 
-    A record needs only pytorch_code and triton_code. Killed and started again with the same --out, it goes on where it was.
+    A record needs only pytorch_code and triton_code. Killed and started again with the same --out, it goes on where it
+    was.
     """
     from triton_sft_pipeline.labels import Judgeable, Refused, judge_records, read_judgeable, write_relabelled
     from triton_sft_pipeline.progress import progress_bar
@@ -328,7 +344,7 @@ def _fail(message: str, exit_code: int) -> None:
 
 
 def main() -> None:
-    """The entry point: errors meant for a person are printed as one, everything else names itself and how to see more."""
+    """The entry point: errors meant for a person are printed as one, the rest names itself and how to see more."""
     if not os.environ.get("TRITON_SFT_DEBUG"):
         # The training libraries warn about each other's next versions; ours are pinned.
         warnings.filterwarnings("ignore", category=FutureWarning)

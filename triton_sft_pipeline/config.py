@@ -1,8 +1,8 @@
 """One frozen configuration: a preset that ships with the package, then one optional YAML file, then overrides.
 
-Each room declares its own settings; this file only puts them together, resolves names to places, and says for each asset which part of it
-matters
-(`code_versions`), so that a changed setting makes stale what depends on it and nothing else.
+Each room declares its own settings; this file only puts them together, resolves names to places, and says for each
+asset which part of it matters (`code_versions`), so that a changed setting makes stale what depends on it and nothing
+else.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ STEP_VERSIONS = {"filtered_traces": "1", "chat_dataset": "1", "lora_adapter": "1
 _BOOKKEEPING = frozenset(
     {"eval_steps", "logging_steps", "report_to_wandb", "run_name", "save_steps", "save_total_limit"}
 )
-"""Training settings that decide what is written down and when, not what is learned: changing one makes nothing stale."""
+"""Training settings that decide what is written down and when, not what is learned: changing one makes nothing stale.
+"""
 
 _PACKAGE = Path(__file__).resolve().parent
 _SMALL = 16 * 2**20
@@ -83,7 +84,9 @@ def load_config(
     values = _merge(_read_preset(str(name)), user)
     for dotted, value in (overrides or {}).items():
         if dotted == "preset":
-            raise PipelineError(f"preset: an override cannot change what it is put on; use --preset {value} or TRITON_SFT_PRESET.")
+            raise PipelineError(
+                f"preset: an override cannot change what it is put on; use --preset {value} or TRITON_SFT_PRESET."
+            )
         values = _merge(values, _nested(dotted, value))
     values["preset"] = name
     base = Path(file).resolve().parent if file else Path.cwd()
@@ -220,7 +223,8 @@ def recorded_config(artifact: Artifact) -> Config:
         return Config.model_validate(artifact.record["configuration"])
     except (KeyError, ValidationError) as error:
         raise PipelineError(
-            f"{artifact.path}: made by another version of this project; its settings cannot be read. Materialise {artifact.key} again."
+            f"{artifact.path}: made by another version of this project; its settings cannot be read. "
+            f"Materialise {artifact.key} again."
         ) from error
 
 

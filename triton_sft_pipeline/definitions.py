@@ -1,8 +1,8 @@
 """Everything that Dagster is told: the one file that knows every room.
 
-Load it with `dagster dev`, or name it in CI: `dagster asset materialize -m triton_sft_pipeline.definitions --select '*'`. The
-configuration is read once, when this
-module is imported: every step of a run imports it anew and so sees the same environment.
+Load it with `dagster dev`, or name it in CI: `dagster asset materialize -m triton_sft_pipeline.definitions --select
+'*'`. The configuration is read once, when this module is imported: every step of a run imports it anew and so sees the
+same environment.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import warnings
 
 import dagster as dg
 
-# Observable sources and automation sensors are what this project is built on; dagster is pinned, so their beta mark needs no line in every
-# log.
+# Observable sources and automation sensors are what this project is built on; dagster is pinned, so their beta mark
+# needs no line in every log.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from triton_sft_pipeline.assets.dataset import build_dataset_asset  # noqa: E402

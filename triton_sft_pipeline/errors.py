@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class PipelineError(Exception):
-    """Bad input or usage: nothing was run, nothing was changed. The command line prints the message alone and exits with `exit_code`."""
+    """Bad input or usage: nothing was run, nothing was changed. The command line prints the message alone and exits
+    with `exit_code`.
+    """
 
     exit_code = 2
 
@@ -25,6 +27,6 @@ class GateError(PipelineError):
 
 
 class StepError(PipelineError):
-    """A step could not finish for a reason outside its input: out of memory, a full disk, a model that does not load."""
+    """A step could not finish for a reason outside its input: out of memory, a full disk, a model that does not fit."""
 
     exit_code = 1

@@ -1,7 +1,7 @@
 """Writing files so that no reader ever sees half of one, and hashing what was written.
 
-Everything is built under a temporary name in the directory of its destination and renamed into place. Knows nothing of what is in the
-files.
+Everything is built under a temporary name in the directory of its destination and renamed into place. Knows nothing of
+what is in the files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def atomic_writer(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[A
 
 
 def _umask() -> int:
-    """The process's umask, from /proc where there is one: asking the system means changing it for an instant, for every thread."""
+    """The process's umask, from /proc where there is one: asking the system means changing it for an instant, for every
+    thread.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):
@@ -80,8 +82,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def json_bytes(text: str) -> bytes:
-    """JSON text as UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes `\\udXXX`: inside a JSON string that is its own
-    escape."""
+    """JSON text as UTF-8. Half of a surrogate pair, which UTF-8 cannot hold, becomes `\\udXXX`: inside a JSON string
+    that is its own escape.
+    """
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -1,7 +1,7 @@
 """Judging the traces of files: one verdict a record, on disk the moment it is decided, and labels measured anew.
 
-A killed run goes on where it was: a record is known by its file, its position and a hash of what is judged, because keys repeat in real
-files.
+A killed run goes on where it was: a record is known by its file, its position and a hash of what is judged, because
+keys repeat in real files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Judgeable:
     @property
     def item(self) -> JudgeItem:
         value = self.record.value
-        return JudgeItem(key=self.identity, pytorch_code=value["pytorch_code"], triton_code=value.get("triton_code") or "")
+        return JudgeItem(
+            key=self.identity, pytorch_code=value["pytorch_code"], triton_code=value.get("triton_code") or ""
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def judge_records(
 def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict]) -> Iterator[Any]:
     """The records in their original schema, with the measured result in place of the label where there was a result.
 
-    What cannot be judged, and a record whose result is missing or null, stays as it is: the pipeline must see it. Flags follow the point
-    estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2.
+    What cannot be judged, and a record whose result is missing or null, stays as it is: the pipeline must see it. Flags
+    follow the point estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2.
     """
     for item in records:
         if isinstance(item, Refused):
@@ -118,7 +120,8 @@ def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdic
 def result_of(verdict: Verdict) -> dict[str, Any]:
     """A verdict in the schema of a trace's `result`, with the times and the judge's word beside it.
 
-    A wrong kernel has speedup 0, as in that schema; a right one whose speed was not measured (Triton's interpreter) has none.
+    A wrong kernel has speedup 0, as in that schema; a right one whose speed was not measured (Triton's interpreter) has
+    none.
     """
     # Rounded first, so that the flags never contradict the number beside them.
     speedup = 0.0 if not verdict.correctness else _rounded(verdict.speedup, 4)
@@ -160,8 +163,9 @@ def _line(verdict: Verdict, record: RawRecord) -> dict[str, Any]:
 
 
 def _resume(out: Path) -> dict[str, Verdict]:
-    """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of anything else is
-    not touched."""
+    """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of
+    anything else is not touched.
+    """
     if not out.exists():
         return {}
     data = out.read_bytes()
@@ -185,7 +189,9 @@ def _verdict_of(line: bytes, place: str) -> Verdict:
 
 
 def _is_cut_off(line: bytes) -> bool:
-    """Whether a line is the beginning of one of ours. Whatever else does not end in a newline is somebody's file under a mistaken name."""
+    """Whether a line is the beginning of one of ours. Whatever else does not end in a newline is somebody's file under
+    a mistaken name.
+    """
     beginning = b'{"sample_key": '
     if not beginning.startswith(line[: len(beginning)]):
         return False

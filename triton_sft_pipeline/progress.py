@@ -1,4 +1,6 @@
-"""Progress on a terminal: a bar with rate and time left, on standard error so that standard output stays clean for pipes."""
+"""Progress on a terminal: a bar with rate and time left, on standard error so that standard output stays clean for
+pipes.
+"""
 
 from __future__ import annotations
 

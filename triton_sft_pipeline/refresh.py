@@ -1,13 +1,12 @@
 """Materialise only what is stale, in waves, without a daemon or a server: what CI runs.
 
-Staleness in Dagster is one hop: a child becomes stale when its parent has a new data version. So a refresh observes the source,
-materialises what is
-stale and has nothing stale above it, looks again, and stops when nothing is left. A parent that comes out the same leaves its children
-alone. What failed
-is not tried again in the same refresh, and everything below it is held back.
+Staleness in Dagster is one hop: a child becomes stale when its parent has a new data version. So a refresh observes the
+source, materialises what is stale and has nothing stale above it, looks again, and stops when nothing is left. A parent
+that comes out the same leaves its children alone. What failed is not tried again in the same refresh, and everything
+below it is held back.
 
-Two things are asked about each asset: what Dagster's event log says, and what the current artifact says of itself. The second catches what
-the log cannot
+Two things are asked about each asset: what Dagster's event log says, and what the current artifact says of itself. The
+second catches what the log cannot
 know: artifacts that are gone, a trial made with other settings, a log that was thrown away.
 """
 
@@ -94,7 +93,9 @@ def refresh(
         return _waves(runner, config, store, say)
 
 
-def stale_assets(instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore) -> dict[str, str]:
+def stale_assets(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore
+) -> dict[str, str]:
     """Asset key -> why it is stale, in order; fresh ones are left out. Neither observes nor runs anything."""
     logged = _stale_by_log(instance, definitions)
     versions = code_versions(config)
@@ -145,7 +146,9 @@ def _below(failed: Mapping[str, str]) -> list[str]:
     return [key for key in PARENTS if key not in failed and set(_ancestors(key)) & set(failed)]
 
 
-def _plan(instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore, say: Say) -> Outcome:
+def _plan(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore, say: Say
+) -> Outcome:
     stale = stale_assets(instance, definitions, config, store)
     current = store.current("filtered_traces")
     if current and current.inputs.get(SOURCE) != hash_location(traces_location()):
@@ -161,7 +164,9 @@ def _plan(instance: dg.DagsterInstance, definitions: dg.Definitions, config: Con
 
 
 def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions) -> dict[str, str]:
-    """What Dagster's event log says. Its resolver is not public: dagster is pinned, and a test covers every answer that is used here."""
+    """What Dagster's event log says. Its resolver is not public: dagster is pinned, and a test covers every answer that
+    is used here.
+    """
     from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView, TemporalContext
     from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
     from dagster._time import get_current_datetime
@@ -178,7 +183,9 @@ def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions) -> 
             reasons[name] = "never materialised on this Dagster instance"
         elif status == StaleStatus.STALE:
             causes = [
-                f"{cause.reason} ({cause.dependency_asset_key.to_user_string()})" if cause.dependency_asset_key else cause.reason
+                f"{cause.reason} ({cause.dependency_asset_key.to_user_string()})"
+                if cause.dependency_asset_key
+                else cause.reason
                 for cause in resolver.get_stale_causes(key)
             ]
             reasons[name] = "; ".join(dict.fromkeys(causes))
@@ -247,7 +254,9 @@ def _failure_of(result: Any) -> str:
 
 
 def _cause(error: Any) -> str:
-    """The first cause of an error that Dagster recorded. Its traceback is in the event log; TRITON_SFT_DEBUG shows it here."""
+    """The first cause of an error that Dagster recorded. Its traceback is in the event log; TRITON_SFT_DEBUG shows it
+    here.
+    """
     while error and error.cause:
         error = error.cause
     if error is None:
@@ -274,7 +283,8 @@ def _alone(root: Path, say: Say) -> Iterator[None]:
 def release_dead_runs(instance: dg.DagsterInstance, say: Say) -> None:
     """Mark runs of this machine whose process is gone as failed and give back what they held of the GPU pool.
 
-    A `kill -9` leaves a run "in progress" for ever, with its slot of the pool: everything after it would wait without a word.
+    A `kill -9` leaves a run "in progress" for ever, with its slot of the pool: everything after it would wait without a
+    word.
     """
     active: Sequence[dg.DagsterRunStatus] = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
     for run in instance.get_runs(dg.RunsFilter(statuses=list(active), tags={HOST_TAG: socket.gethostname()})):
@@ -288,7 +298,8 @@ def release_dead_runs(instance: dg.DagsterInstance, say: Say) -> None:
 def open_instance() -> dg.DagsterInstance:
     """The Dagster instance that remembers what was materialised: DAGSTER_HOME, else `dagster_home` of the checkout.
 
-    What steps print goes to this terminal and nowhere else. Dagster's copy of it would need two processes a step, which answer Ctrl-C with tracebacks.
+    What steps print goes to this terminal and nowhere else. Dagster's copy of it would need two processes a step, which
+    answer Ctrl-C with tracebacks.
 
     Raises:
         PipelineError: neither is there.
@@ -300,7 +311,9 @@ def open_instance() -> dg.DagsterInstance:
     if home:
         directory.mkdir(parents=True, exist_ok=True)
     elif not (directory / "dagster.yaml").is_file():
-        raise PipelineError("DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, for example ~/.dagster.")
+        raise PipelineError(
+            "DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, such as ~/.dagster."
+        )
     os.environ["DAGSTER_HOME"] = str(directory)
     quiet = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
     return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(directory), overrides={"compute_logs": quiet}))

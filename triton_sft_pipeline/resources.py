@@ -1,4 +1,6 @@
-"""What assets are handed by Dagster: the GPU with its model and trainer, the kernel judge, and the place of the artifacts."""
+"""What assets are handed by Dagster: the GPU with its model and trainer, the kernel judge, and the place of the
+artifacts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 class StoreResource(dg.ConfigurableResource):
     """Where artifacts are read from and promoted to."""
 
-    root: str = Field(default="", description="Directory of the artifacts; empty: TRITON_SFT_HOME, else `storage` of the checkout.")
+    root: str = Field(
+        default="", description="Directory of the artifacts; empty: TRITON_SFT_HOME, else `storage` of the checkout."
+    )
 
     def open(self) -> ArtifactStore:
         """The store under `root`."""
@@ -30,23 +34,27 @@ class StoreResource(dg.ConfigurableResource):
 
 
 class GPUResource(dg.ConfigurableResource):
-    """The device that trains and generates: it loads the 4-bit model and drives the SFTTrainer, in the step's own process.
+    """The device that trains and generates: it loads the 4-bit model and drives the SFTTrainer, in the step's own
+    process.
 
-    Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from one asset to the
+    Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from
+    one asset to the
     next: each
     loads what it needs and frees it.
     """
 
     preset: str = Field(
-        default="", description="For a trial: another preset than the active one (TRITON_SFT_PRESET, the configuration file, or tiny)."
+        default="",
+        description="For a trial: another preset than the active one.",
     )
     overrides: dict[str, Any] = Field(
         default={},
-        description='For a trial: settings by dotted name, such as {"training.learning_rate": 1e-4}. They are recorded with the adapter, and '
-        "`triton-sft refresh` counts an adapter made with them as stale.",
+        description='For a trial: settings by dotted name, such as {"training.learning_rate": 1e-4}. They are recorded '
+        "with the adapter, and `triton-sft refresh` counts an adapter made with them as stale.",
     )
     progress: bool = Field(
-        default=False, description="Show progress bars on the terminal. Leave it off under the web server, which stores every line."
+        default=False,
+        description="Show progress bars on the terminal. Leave it off under the web server, which stores every line.",
     )
 
     def settings(self, active: Config) -> Config:
@@ -71,18 +79,26 @@ class GPUResource(dg.ConfigurableResource):
             loaded.clear()
             free_device_memory()
 
-    def train(self, config: Config, dataset: Path, output: Path, on_log: Callable[[int, dict[str, float]], None]) -> TrainingRun:
+    def train(
+        self, config: Config, dataset: Path, output: Path, on_log: Callable[[int, dict[str, float]], None]
+    ) -> TrainingRun:
         """Fine-tune the base model on the dataset directory `dataset`; goes on from the last checkpoint in `output`."""
         from triton_sft_pipeline.training.run import train_on_dataset
 
-        return train_on_dataset(config.model, config.lora, config.training, dataset, output, on_log=on_log, progress=self.progress)
+        return train_on_dataset(
+            config.model, config.lora, config.training, dataset, output, on_log=on_log, progress=self.progress
+        )
 
 
 class JudgeResource(dg.ConfigurableResource):
     """The kernel judge: runs a kernel beside its PyTorch reference and says what it is worth."""
 
-    device: str = Field(default="", description="cuda or cpu (Triton's interpreter: no speed); empty: evaluation.judge_device.")
-    workers: int | None = Field(default=None, description="Kernels judged beside each other; null: by the number of cores.")
+    device: str = Field(
+        default="", description="cuda or cpu (Triton's interpreter: no speed); empty: evaluation.judge_device."
+    )
+    workers: int | None = Field(
+        default=None, description="Kernels judged beside each other; null: by the number of cores."
+    )
 
     @contextmanager
     def open(self, config: Config) -> Iterator[KernelJudge]:

@@ -2,12 +2,11 @@
 
     storage/<asset key>/<hash of all its content>/   built under a temporary name, renamed into place once, never edited
     storage/<asset key>/current                      a symlink, replaced atomically
-    storage/<asset key>/.work/<fingerprint>/         what a long step keeps so that it can go on after a kill (checkpoints)
+    storage/<asset key>/.work/<fingerprint>/         checkpoints: what lets a killed step go on
 
-Every artifact holds `artifact.json`: its data version, the configuration that made it and the versions of what it was made from. Steps
-find their inputs
-through `current` alone, so that they run the same from Dagster, the command line and Python. Knows nothing of Dagster or of what is in an
-artifact.
+Every artifact holds `artifact.json`: its data version, the configuration that made it and the versions of what it was
+made from. Steps find their inputs through `current` alone, so that they run the same from Dagster, the command line and
+Python. Knows nothing of Dagster or of what is in an artifact.
 """
 
 from __future__ import annotations
@@ -104,19 +103,23 @@ class ArtifactStore:
         if artifact is None:
             raise PipelineError(
                 f"{self.root / key}: there is no current {key}. Materialise it first: "
-                f"`triton-sft refresh`, or `dagster asset materialize -m triton_sft_pipeline.definitions --select {key}`."
+                "`triton-sft refresh`, or "
+                f"`dagster asset materialize -m triton_sft_pipeline.definitions --select {key}`."
             )
         return artifact
 
     def version(self, key: str, name: str) -> Artifact:
-        """One version of `key` by the name of its directory, current or not: what an adapter was trained on stays what it was trained on.
+        """One version of `key` by the name of its directory, current or not: what an adapter was trained on stays what
+        it was trained on.
 
         Raises:
             PipelineError: it is gone.
         """
         artifact = _read_artifact(key, self.root / key / name)
         if artifact is None:
-            raise PipelineError(f"{self.root / key / name}: this version of {key} is gone. Materialise {key} and what is made of it again.")
+            raise PipelineError(
+                f"{self.root / key / name}: this version of {key} is gone. Materialise it and what is made of it again."
+            )
         return artifact
 
     def current_link(self, key: str) -> Path:
@@ -143,7 +146,8 @@ class ArtifactStore:
 
     @contextmanager
     def workspace(self, key: str, fingerprint: str) -> Iterator[Path]:
-        """A directory that outlives a killed run, for what lets the next run go on: it is the same for the same `fingerprint`.
+        """A directory that outlives a killed run, for what lets the next run go on: it is the same for the same
+        `fingerprint`.
 
         The caller removes what it holds once the result was promoted (`discard_workspace`).
 
@@ -159,7 +163,9 @@ class ArtifactStore:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise PipelineError(f"{path}: another run is working on the same {key}; wait for it or cancel it first.") from error
+                raise PipelineError(
+                    f"{path}: another run is working on the same {key}; wait for it or cancel it first."
+                ) from error
             yield path
 
     def discard_workspace(self, key: str, fingerprint: str) -> None:
@@ -178,7 +184,8 @@ class ArtifactStore:
         try:
             os.rename(draft, final)
         except OSError as error:
-            # The same content was promoted before, by an earlier run or by one beside this one: that directory is this artifact.
+            # The same content was promoted before, by an earlier run or by one beside this one: that directory is this
+            # artifact.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         self._point_current(key, final)
@@ -207,7 +214,9 @@ def _read_artifact(key: str, directory: Path) -> Artifact | None:
             record=content["record"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise PipelineError(f"{manifest}: damaged ({error!r}). Remove {directory} and materialise {key} again.") from error
+        raise PipelineError(
+            f"{manifest}: damaged ({error!r}). Remove {directory} and materialise {key} again."
+        ) from error
 
 
 def _remove_abandoned_drafts(parent: Path) -> None:
@@ -230,8 +239,11 @@ def _failures_explained(root: Path) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StepError(
-                f"{place}: the disk is full. Nothing was promoted and the previous version stays; free some space and run again."
+                f"{place}: the disk is full. Nothing was promoted and the previous version stays; "
+                "free some space and run again."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise StepError(f"{place}: not writable ({error.strerror}). Point TRITON_SFT_HOME at a directory that is.") from error
+            raise StepError(
+                f"{place}: not writable ({error.strerror}). Point TRITON_SFT_HOME at a directory that is."
+            ) from error
         raise

@@ -110,7 +110,8 @@ def gates(run: "TrainingRun", reloaded: "Reloaded") -> list[Gate]:
 
 def _live_curve(context: dg.AssetExecutionContext, logging_steps: int) -> Callable[[int, dict[str, float]], None]:
     """Every log line of the trainer becomes an observation of the adapter, at most about fifty: a curve to watch in its
-    plots."""
+    plots.
+    """
     seen = 0
     stride = 1
 

@@ -1,6 +1,8 @@
-"""Traces become examples: prompt, completion, split and lineage, in Parquet that `datasets.load_dataset("parquet", ...)` reads.
+"""Traces become examples: prompt, completion, split and lineage, in Parquet that `datasets.load_dataset("parquet",
+...)` reads.
 
-The split is by problem and depends on nothing but the set of problems: no order, no clock, no random state. Knows nothing of training.
+The split is by problem and depends on nothing but the set of problems: no order, no clock, no random state. Knows
+nothing of training.
 """
 
 from __future__ import annotations
@@ -87,9 +89,11 @@ class ChatDataset:
 
 
 def split_problems(problems: Iterable[str], test_size: float) -> set[str]:
-    """The problems of the test split: the `test_size` share with the lowest hashes, at least one when there are two or more.
+    """The problems of the test split: the `test_size` share with the lowest hashes, at least one when there are two or
+    more.
 
-    Ordering by a hash makes the split the same for any order of the input, and lets a new problem move at most the boundary.
+    Ordering by a hash makes the split the same for any order of the input, and lets a new problem move at most the
+    boundary.
     """
     distinct = sorted(set(problems), key=lambda p: hashlib.sha256(p.encode()).digest())
     if test_size <= 0 or len(distinct) < 2:
@@ -134,7 +138,8 @@ def build_dataset(
     if long and over_budget == "fail":
         first = long[0]
         raise PipelineError(
-            f"{first.file}: record {first.position} ({first.sample_key}) has {first.detail}, and {len(long) - 1} more are over it. "
+            f"{first.file}: record {first.position} ({first.sample_key}) has {first.detail}, "
+            f"and {len(long) - 1} more are over it. "
             "Raise training.max_length, or set dataset.over_budget to drop."
         )
     # Split what is left: a test split made of samples that were dropped would be empty.
@@ -142,7 +147,9 @@ def build_dataset(
     return ChatDataset([_example(*row, test=test) for row in rows], long)
 
 
-def _example(trace: Trace, prompt: Messages, completion: Messages, prompt_tokens: int, tokens: int, test: set[str]) -> Example:
+def _example(
+    trace: Trace, prompt: Messages, completion: Messages, prompt_tokens: int, tokens: int, test: set[str]
+) -> Example:
     return Example(
         prompt=prompt,
         completion=completion,
@@ -208,7 +215,9 @@ def read_examples(directory: Path, split: str) -> list[Example]:
     try:
         return [Example(**row) for row in pq.read_table(path).to_pylist()]
     except (OSError, TypeError, pa.ArrowException) as error:
-        raise PipelineError(f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`.") from error
+        raise PipelineError(
+            f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`."
+        ) from error
 
 
 def _write_parquet(examples: list[Example], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The words between user and model: one place that writes them for training and reads them back at evaluation.
 
-Knows nothing of files, tokens or models. The texts are those of the original system, to the letter: an adapter trained on one prompt and asked with
-another is a different experiment.
+Knows nothing of files, tokens or models. The texts are those of the original system, to the letter: an adapter trained
+on one prompt and asked with another is a different experiment.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def assistant_message(reasoning: str, triton_code: str) -> str:
 
 
 def think_block(reasoning: str) -> str:
-    """The reasoning between its tags. It is stripped, because chat templates end the prompt in `<think>` and one newline."""
+    """The reasoning between its tags. It is stripped, because chat templates end the prompt in `<think>` and one
+    newline.
+    """
     return f"<think>\n{reasoning.strip()}\n</think>"
 
 
@@ -71,8 +73,9 @@ _FENCE = re.compile(r"```(?:python|py|triton)?[ \t]*\n(.*?)```", re.DOTALL)
 def parse_answer(text: str) -> Answer:
     """Read a completion leniently: the tags first, then the last fence that defines something.
 
-    A `<triton>` block inside the reasoning is a draft, not the answer, so only what follows the last `</think>` counts when there is one. A block that
-    the length limit cut off before `</triton>` is still read: the judge says what it is worth.
+    A `<triton>` block inside the reasoning is a draft, not the answer, so only what follows the last `</think>` counts
+    when there is one. A block that the length limit cut off before `</triton>` is still read: the judge says what it is
+    worth.
 
     Args:
         text: the whole completion, with or without the leading `<think>` that the prompt may have held.

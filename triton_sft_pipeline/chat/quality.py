@@ -29,7 +29,8 @@ def _format_fault(dataset: ChatDataset) -> str:
 def _budget_fault(dataset: ChatDataset, budget: int) -> str:
     long = [e for e in dataset.examples if e.tokens > budget]
     if long:
-        return f"{long[0].sample_key} has {long[0].tokens:,} tokens, over the budget of {budget:,} ({len(long)} such rows)."
+        first = f"{long[0].sample_key} has {long[0].tokens:,} tokens"
+        return f"{first}, over the budget of {budget:,} ({len(long)} such rows)."
     if not dataset.split("train"):
         return (
             f"the train split is empty: {len(dataset.over_budget)} samples are over the budget of {budget:,} tokens. "

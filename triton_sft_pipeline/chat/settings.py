@@ -14,5 +14,6 @@ class DatasetSettings(BaseModel):
 
     test_size: float = Field(0.1, ge=0, lt=1, description="Share of the problems whose traces go to the test split.")
     over_budget: Literal["drop", "fail"] = Field(
-        "drop", description="A sample over training.max_length tokens is dropped with a reason, or fails the run. It is never cut."
+        "drop",
+        description="A sample over training.max_length tokens is dropped with a reason, or fails the run; never cut.",
     )

@@ -24,7 +24,9 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
             "Name a directory in model.base_model, or download the model once with network access."
         ) from error
     if not tokenizer.chat_template:
-        raise PipelineError(f"{base_model}: the tokenizer has no chat template, so the prompt's form is unknown. Use a chat model.")
+        raise PipelineError(
+            f"{base_model}: the tokenizer has no chat template, so the prompt's form is unknown. Use a chat model."
+        )
     return tokenizer
 
 
@@ -32,17 +34,22 @@ def token_counter(tokenizer: Any) -> CountTokens:
     """A function that counts the tokens of (prompt, completion) under this tokenizer's template.
 
     Raises (when called):
-        PipelineError: the template drops the reasoning, or the prompt is no prefix of the whole, so that a loss mask would be wrong.
+        PipelineError: the template drops the reasoning, or the prompt is no prefix of the whole, so that a loss mask
+            would be wrong.
     """
 
     def count(prompt: Messages, completion: Messages) -> tuple[int, int]:
         head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
         if not whole.startswith(head):
-            raise PipelineError("the chat template does not continue its own generation prompt; completion-only loss would be wrong.")
+            raise PipelineError(
+                "the chat template does not continue its own generation prompt; completion-only loss would be wrong."
+            )
         answer = completion[0]["content"]
         if answer.removeprefix("<think>\n") not in whole:
-            raise PipelineError("the chat template drops part of the answer (its <think> block?); the model would never learn to reason.")
+            raise PipelineError(
+                "the chat template drops part of the answer (its <think> block?): the model would not learn it."
+            )
         ids = tokenizer([head, whole], add_special_tokens=False)["input_ids"]
         return len(ids[0]), len(ids[1])
 

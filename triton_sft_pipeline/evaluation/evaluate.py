@@ -93,7 +93,9 @@ def sample_seen(problems: Sequence[Problem], most: int) -> list[Problem]:
     return [problems[i] for i in sorted(sorted(hashes, key=hashes.__getitem__)[:most])]
 
 
-def _questions(splits: Mapping[str, Sequence[Problem]], settings: EvaluationSettings) -> tuple[list[Question], list[str]]:
+def _questions(
+    splits: Mapping[str, Sequence[Problem]], settings: EvaluationSettings
+) -> tuple[list[Question], list[str]]:
     """Everything that is asked, split by split, and a note when not all seen problems are."""
     if unknown := sorted(set(splits) - set(SPLITS)):
         raise PipelineError(f"unknown split {unknown[0]!r}: an evaluation has {', '.join(SPLITS)}")
@@ -162,7 +164,9 @@ def _judge_all(
         keep(verdict)
     if missing := [key for key in answers if key not in found]:
         first = questions[answers[missing[0]][1].index].problem.key
-        raise StepError(f"the judge gave no verdict on {len(missing)} answers, the first to problem {first}: run it again")
+        raise StepError(
+            f"the judge gave no verdict on {len(missing)} answers, the first to problem {first}: run it again"
+        )
     return [found[key] for key in answers]
 
 

@@ -21,7 +21,8 @@ STOP = "</triton>"
 REASONING_START, REASONING_END = "<think>", "</think>"
 _TAIL_TOKENS = 32
 """Tokens that are decoded to look for `STOP`: it is 9 bytes long, so 9 tokens would do for any tokenizer; the rest is
-margin."""
+margin.
+"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def generate(
             torch.manual_seed(_batch_seed(settings.seed, start))
             began = time.perf_counter()
             with _memory_explained(settings):
-                answers = _generate_batch(model, tokenizer, [encoded[index] for index, _ in batch], settings, bool(lead))
+                answers = _generate_batch(
+                    model, tokenizer, [encoded[index] for index, _ in batch], settings, bool(lead)
+                )
             share = (time.perf_counter() - began) / len(batch)
             for (index, sample), (text, tokens, stopped) in zip(batch, answers, strict=True):
                 done.append(Completion(index, sample, lead + text, len(encoded[index]), tokens, stopped, share))
@@ -180,9 +183,12 @@ def _tokens_that_close(tokenizer: Any, device: Any) -> Any:
 
 def _render(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], str]:
     """The prompts in the model's template, and the beginning of the answer that the template itself writes ("<think>"
-    and a newline, or nothing)."""
+    and a newline, or nothing).
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise PipelineError("the tokenizer has no chat template: evaluate with the tokenizer that was saved beside the adapter")
+        raise PipelineError(
+            "the tokenizer has no chat template: evaluate with the tokenizer that was saved beside the adapter"
+        )
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     rendered = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     if not rendered:
@@ -222,7 +228,8 @@ def _generate_batch(
 
 def _read_row(tokenizer: Any, row: list[int], stop: int | None, ends: list[int]) -> tuple[str, int, str]:
     """Cut a row where it ended: what follows is padding. Special tokens are kept in the text, because a tokenizer may
-    count `<think>` among them."""
+    count `<think>` among them.
+    """
     if stop is not None:
         return tokenizer.decode(row[:stop]), stop, "stop"
     end = next((i for i, token in enumerate(row) if token in ends), None)
@@ -233,7 +240,8 @@ def _read_row(tokenizer: Any, row: list[int], stop: int | None, ends: list[int])
 
 def _generation_config(settings: EvaluationSettings, room: int, pad: int, ends: list[int]) -> Any:
     """Every value that shapes the distribution is given: what is left open is filled from the model's own
-    generation_config.json."""
+    generation_config.json.
+    """
     from transformers import GenerationConfig
 
     neutral: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
@@ -248,7 +256,9 @@ def _generation_config(settings: EvaluationSettings, room: int, pad: int, ends: 
             "top_k": 0,
             "min_p": 0.0,
         }
-    return GenerationConfig(max_new_tokens=room, use_cache=True, pad_token_id=pad, eos_token_id=ends or None, **neutral, **how)
+    return GenerationConfig(
+        max_new_tokens=room, use_cache=True, pad_token_id=pad, eos_token_id=ends or None, **neutral, **how
+    )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -263,7 +273,9 @@ def _pad_token(tokenizer: Any, ends: list[int]) -> int:
         return int(tokenizer.pad_token_id)
     if ends:
         return ends[0]
-    raise PipelineError("the tokenizer has neither a padding nor an end token, so answers cannot be batched: set tokenizer.pad_token")
+    raise PipelineError(
+        "the tokenizer has neither a padding nor an end token, so answers cannot be batched: set tokenizer.pad_token"
+    )
 
 
 def _positions(model: Any) -> int:

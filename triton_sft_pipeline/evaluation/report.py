@@ -24,7 +24,8 @@ SPLITS = {
 }
 LONGEST_SHOWN = 20_000
 """Characters of one answer on the page; the rest is in generations.jsonl. A model that repeats itself must not make a
-page that no browser opens."""
+page that no browser opens.
+"""
 
 # What neither HTML nor a terminal can show: control characters other than tab and newline, and lone surrogates.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -40,7 +41,8 @@ def write_report(report: Mapping[str, Any], directory: Path) -> None:
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: headline, notes, scores, verdicts, problems and provenance. Kernels are left to the HTML
-    page."""
+    page.
+    """
     models, splits = _models(report), _splits(report)
     lines = ["# Evaluation report", "", f"**{report['headline']}**", ""]
     lines += [f"- {_cell(note)}" for note in report["notes"]]
@@ -82,7 +84,10 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## Problems", ""]
     lines += _table(
         ["problem", "split", *models, "why"],
-        [[f"`{p['key']}`", SPLITS[p["split"]][0], *(p[m]["verdict"] for m in models), p[models[-1]]["detail"]] for p in report["problems"]],
+        [
+            [f"`{p['key']}`", SPLITS[p["split"]][0], *(p[m]["verdict"] for m in models), p[models[-1]]["detail"]]
+            for p in report["problems"]
+        ],
     )
     for title, rows in _provenance(report):
         lines += ["", f"## {title}", "", *_table(["what", "value"], [[name, f"`{value}`"] for name, value in rows])]
@@ -91,7 +96,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page for phone and desktop, light and dark, that loads nothing from anywhere and runs no
-    script."""
+    script.
+    """
     return _template().render(
         report=report,
         models=_models(report),
@@ -149,7 +155,9 @@ def _template() -> Any:
     from triton_sft_pipeline.evaluation.highlight import highlight_python
 
     loader = PackageLoader("triton_sft_pipeline.evaluation")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(
         rate=_rate,
         percent=lambda share: f"{100 * share:.2f}",

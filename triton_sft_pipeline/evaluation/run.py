@@ -1,4 +1,6 @@
-"""From a loaded model and directories to a report: which problems are asked, and what is written down about where everything came from."""
+"""From a loaded model and directories to a report: which problems are asked, and what is written down about where
+everything came from.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def problems_of_dataset(dataset: Path) -> dict[str, list[Problem]]:
         try:
             rows = pq.read_table(path, columns=["prompt", "sample_key", "problem", "source"]).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise PipelineError(f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`.") from error
+            raise PipelineError(
+                f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`."
+            ) from error
         found[side] = list({row["problem"]: _problem(row) for row in reversed(rows)}.values())[::-1]
     return found
 
@@ -70,7 +74,15 @@ def evaluate_splits(
     """`evaluate` with the provenance filled in."""
     about = provenance(facts, notes)
     return evaluate(
-        model, tokenizer, splits, settings, judge=judge, out_dir=out, provenance=about, has_adapter=has_adapter, progress=progress
+        model,
+        tokenizer,
+        splits,
+        settings,
+        judge=judge,
+        out_dir=out,
+        provenance=about,
+        has_adapter=has_adapter,
+        progress=progress,
     )
 
 

@@ -82,7 +82,8 @@ def wilson_interval(count: int, n: int, z: float = Z_95) -> tuple[float, float] 
 
 def share(count: int, n: int) -> dict[str, Any]:
     """`{"count", "n", "rate", "interval"}`: a share that cannot be quoted without its n; rate and interval are None for
-    n = 0."""
+    n = 0.
+    """
     interval = wilson_interval(count, n)
     return {"count": count, "n": n, "rate": count / n if n else None, "interval": list(interval) if interval else None}
 

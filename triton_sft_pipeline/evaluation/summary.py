@@ -76,7 +76,9 @@ def summarise(
     report["headline"] = headline(report)
     report["notes"] = [*_notes(judged, models, settings), *notes, *provenance.get("notes", [])]
     report["problems"] = _problem_rows(judged)
-    report["generation"] = {name: _generation_facts([j.completion for j in judged if j.model == name]) for name in models}
+    report["generation"] = {
+        name: _generation_facts([j.completion for j in judged if j.model == name]) for name in models
+    }
     report["judge"] = _judge_facts([j.verdict for j in judged])
     report["settings"] = settings.model_dump(mode="json")
     report["provenance"] = dict(provenance)

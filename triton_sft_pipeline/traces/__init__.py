@@ -5,4 +5,13 @@ from triton_sft_pipeline.traces.reader import hash_location
 from triton_sft_pipeline.traces.record import Trace
 from triton_sft_pipeline.traces.settings import FilterSettings
 
-__all__ = ["FilterSettings", "Filtered", "Trace", "describe", "filter_location", "hash_location", "read_kept", "write_filtered"]
+__all__ = [
+    "FilterSettings",
+    "Filtered",
+    "Trace",
+    "describe",
+    "filter_location",
+    "hash_location",
+    "read_kept",
+    "write_filtered",
+]

@@ -1,6 +1,7 @@
 """Which traces are kept, and the first reason of each that is not. Pure: traces in, kept and dropped out.
 
-A step is a name and a function that says what is wrong with a trace, or nothing. The name is the reason that the funnel counts.
+A step is a name and a function that says what is wrong with a trace, or nothing. The name is the reason that the funnel
+counts.
 """
 
 from __future__ import annotations
@@ -43,12 +44,27 @@ def label_steps(settings: FilterSettings) -> list[Step]:
         steps.append(("correctness", _incorrect))
     if settings.require_fast_0:
         steps.append(
-            ("fast_0", lambda t: None if t.fast_0 else f"fast_0 is not set (labelled {'correct' if t.correctness else 'incorrect'})")
+            (
+                "fast_0",
+                lambda t: (
+                    None if t.fast_0 else f"fast_0 is not set (labelled {'correct' if t.correctness else 'incorrect'})"
+                ),
+            )
         )
     if settings.require_fast_1:
-        steps.append(("fast_1", lambda t: None if t.fast_1 else f"fast_1 is not set: speedup {_shown(t.speedup)}, wanted above 1.0"))
+        steps.append(
+            (
+                "fast_1",
+                lambda t: None if t.fast_1 else f"fast_1 is not set: speedup {_shown(t.speedup)}, wanted above 1.0",
+            )
+        )
     if settings.require_fast_2:
-        steps.append(("fast_2", lambda t: None if t.fast_2 else f"fast_2 is not set: speedup {_shown(t.speedup)}, wanted at least 2.0"))
+        steps.append(
+            (
+                "fast_2",
+                lambda t: None if t.fast_2 else f"fast_2 is not set: speedup {_shown(t.speedup)}, wanted at least 2.0",
+            )
+        )
     if settings.min_speedup is not None:
         bar = settings.min_speedup
         steps.append(("min_speedup", lambda t: _too_slow(t, bar)))

@@ -1,4 +1,5 @@
-"""The filter as one step: files in, kept, dropped and quarantined out, every record accounted for, written as Parquet and JSON Lines.
+"""The filter as one step: files in, kept, dropped and quarantined out, every record accounted for, written as Parquet
+and JSON Lines.
 
 Knows nothing of Dagster, of tokens or of what a kept trace is used for.
 """
@@ -78,12 +79,15 @@ class Filtered:
         return hash_json(sorted(t.version for t in self.kept))
 
 
-def filter_location(location: Path | Sequence[Path], settings: FilterSettings, held_out: Mapping[str, str] | None = None) -> Filtered:
+def filter_location(
+    location: Path | Sequence[Path], settings: FilterSettings, held_out: Mapping[str, str] | None = None
+) -> Filtered:
     """Read and filter the traces at `location`.
 
     Args:
         location: a .json or .jsonl file, a folder of them, or several such.
-        held_out: fingerprint -> name of the held-out problems, none of which may be trained on; None asks for the label filters alone.
+        held_out: fingerprint -> name of the held-out problems, none of which may be trained on; None asks for the label
+            filters alone.
 
     Raises:
         PipelineError: nothing can be read there, or a file breaks off and `settings.strict` is set.
@@ -117,9 +121,13 @@ def _filter_files(paths: list[Path], steps: list[Step], strict: bool) -> Filtere
                 traces.append(parsed)
                 raw[parsed.file, parsed.position] = item.value  # type: ignore[union-attr]
     if strict and breaks:
-        raise PipelineError(f"{breaks[0]}. Mend the file, or leave out --strict to keep the whole records before the break.")
+        raise PipelineError(
+            f"{breaks[0]}. Mend the file, or leave out --strict to keep the whole records before the break."
+        )
     kept, dropped = filter_traces(traces, steps)
-    return Filtered(hash_sources(hashes), kept, [raw[t.file, t.position] for t in kept], dropped, quarantined, breaks, read)
+    return Filtered(
+        hash_sources(hashes), kept, [raw[t.file, t.position] for t in kept], dropped, quarantined, breaks, read
+    )
 
 
 def write_filtered(filtered: Filtered, directory: Path) -> None:
@@ -188,4 +196,6 @@ def _schema() -> Any:
     types = {"level": pa.int64(), "problem_id": pa.int64(), "position": pa.int64(), "speedup": pa.float64()}
     types |= dict.fromkeys(("has_result", "correctness", "fast_0", "fast_1", "fast_2"), pa.bool_())
     names = [f.name for f in fields(Trace)] + ["version"]
-    return pa.schema([pa.field(n, types.get(n, pa.string()), metadata={"doc": _DOCS[n]} if n in _DOCS else None) for n in names])
+    return pa.schema(
+        [pa.field(n, types.get(n, pa.string()), metadata={"doc": _DOCS[n]} if n in _DOCS else None) for n in names]
+    )

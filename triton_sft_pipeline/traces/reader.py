@@ -1,6 +1,7 @@
 """Reading trace files: a JSON array or JSON Lines, record by record, each with its place and its raw text.
 
-A file that breaks off gives every whole record before the break and says where it broke. Knows nothing of what a record should hold.
+A file that breaks off gives every whole record before the break and says where it broke. Knows nothing of what a record
+should hold.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class TraceFile:
     """A file that was read once, whole: its bytes' hash and its text.
 
     Attributes:
-        is_utf8: whether all of it is. A byte that is not stands in `text` as half of a surrogate pair (PEP 383), so that only its own record is lost.
+        is_utf8: whether all of it is. A byte that is not stands in `text` as half of a surrogate pair (PEP 383), so
+            that only its own record is lost.
     """
 
     path: str
@@ -61,7 +63,8 @@ class TraceFile:
 
 
 def trace_files(location: Path) -> list[Path]:
-    """The files that `location` names: itself, or the .json and .jsonl files of a folder, by name. Hidden files are somebody's temporary ones.
+    """The files that `location` names: itself, or the .json and .jsonl files of a folder, by name. Hidden files are
+    somebody's temporary ones.
 
     Raises:
         PipelineError: nothing is there, or a folder holds no such file.
@@ -71,10 +74,13 @@ def trace_files(location: Path) -> list[Path]:
         location.stat()
         if not location.is_dir():
             return [location]
-        files = sorted(p for p in location.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+        files = sorted(
+            p for p in location.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        )
     except FileNotFoundError as error:
         raise PipelineError(
-            f"{location}: no such file or folder. Set TRITON_SFT_TRACES to a .json or .jsonl file of traces, or to a folder of them."
+            f"{location}: no such file or folder. "
+            "Set TRITON_SFT_TRACES to a .json or .jsonl file of traces, or to a folder of them."
         ) from error
     except OSError as error:
         raise PipelineError(f"{location}: cannot be read ({error.strerror}).") from error
@@ -91,18 +97,23 @@ def open_trace_file(path: Path) -> TraceFile:
     """
     data = _read(path)
     if not data.strip():
-        raise PipelineError(f"{path}: the file is empty; expected a JSON array of traces, or JSON Lines in a .jsonl file.")
+        raise PipelineError(
+            f"{path}: the file is empty; expected a JSON array of traces, or JSON Lines in a .jsonl file."
+        )
     text, is_utf8 = _decode(data)
     if not str(path).lower().endswith(".jsonl") and not text.removeprefix("\ufeff").lstrip(_SPACE).startswith("["):
         start = text.lstrip(_SPACE)[:40]
         raise PipelineError(
-            f"{path}: not a JSON array; it begins with {start!r}. Expected `[{{...}}, ...]`; JSON Lines must be named .jsonl."
+            f"{path}: not a JSON array; it begins with {start!r}. "
+            "Expected `[{...}, ...]`; JSON Lines must be named .jsonl."
         )
     return TraceFile(str(path), sha256_bytes(data), text, is_utf8)
 
 
 def hash_location(location: Path) -> str:
-    """Hash of the content that `location` names: the observed version of `reasoning_traces`. Names of files count, their place does not."""
+    """Hash of the content that `location` names: the observed version of `reasoning_traces`. Names of files count,
+    their place does not.
+    """
     return hash_sources([(path.name, sha256_bytes(_read(path))) for path in trace_files(location)])
 
 
@@ -130,7 +141,9 @@ def _bytes(text: str) -> bytes:
 
 
 def _array(file: TraceFile) -> Iterator[RawRecord | Malformed | Break]:
-    """Records of a JSON array by the standard library's decoder, one value at a time, so that the text of each is known."""
+    """Records of a JSON array by the standard library's decoder, one value at a time, so that the text of each is
+    known.
+    """
     text, decoder = file.text, json.JSONDecoder(parse_int=_integer)
     index = _skip(text, 1 if text.startswith("\ufeff") else 0) + 1
     counted, byte = 0, 0
@@ -192,7 +205,9 @@ def _decode_value(decoder: json.JSONDecoder, text: str, index: int) -> tuple[Any
 
 
 def _lines(file: TraceFile) -> Iterator[RawRecord | Malformed | Break]:
-    """Records of JSON Lines. A bad line in the middle is one malformed record; a bad last line without its newline is a break."""
+    """Records of JSON Lines. A bad line in the middle is one malformed record; a bad last line without its newline is a
+    break.
+    """
     decoder, byte, position = json.JSONDecoder(parse_int=_integer), 0, 0
     lines = file.text.split("\n")
     for number, line in enumerate(lines):
@@ -218,7 +233,9 @@ def _storable(raw: str) -> str:
 
 
 def _integer(digits: str) -> int | float:
-    """Python refuses to convert more than 4,300 digits. As a float such a number is infinite, and its field is refused like any other bad value."""
+    """Python refuses to convert more than 4,300 digits. As a float such a number is infinite, and its field is refused
+    like any other bad value.
+    """
     return int(digits) if len(digits) <= 4300 else float(digits)
 
 

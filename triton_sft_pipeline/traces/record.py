@@ -13,7 +13,9 @@ from triton_sft_pipeline.files import hash_json
 from triton_sft_pipeline.problems import fingerprint
 
 REASONING_FIELDS = ("model_reasoning", "reasoning", "thinking")
-"""Where the reasoning is looked for, best first: the model's own chain of thought before the explanation inside its answer."""
+"""Where the reasoning is looked for, best first: the model's own chain of thought before the explanation inside its
+answer.
+"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def _parse(record: RawRecord) -> Trace:
 
 
 def _unnamed(code: str, kernel: str) -> str:
-    """A name for a trace without one. It follows what the trace holds, not where it stands: the name is part of the version."""
+    """A name for a trace without one. It follows what the trace holds, not where it stands: the name is part of the
+    version.
+    """
     return f"unnamed_{hash_json([code, kernel])[:12]}"
 
 
@@ -159,7 +163,8 @@ def _labels(result: dict[str, Any] | None) -> dict[str, Any]:
     fast_0, fast_1, fast_2 = (_flag(result, name) for name in ("fast_0", "fast_1", "fast_2"))
     return {
         "correctness": correctness,
-        # Older results carry no flags. What they mean is fixed: fast_0 is correctness, fast_1 a speedup above 1, fast_2 one of at least 2.
+        # Older results carry no flags. What they mean is fixed: fast_0 is correctness, fast_1 a speedup above 1, fast_2
+        # one of at least 2.
         "fast_0": correctness if fast_0 is None else fast_0,
         "fast_1": (correctness and (speedup or 0) > 1.0) if fast_1 is None else fast_1,
         "fast_2": (correctness and (speedup or 0) >= 2.0) if fast_2 is None else fast_2,
