@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
-.PHONY: help install demo ui test test-fast lint clean
+.PHONY: help install demo ui test test-fast test-gpu lint clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: install  ## every test
 
 test-fast: install  ## the tests that take less than five seconds each
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+
+test-gpu: install  ## what only a GPU can show
+	TRITON_SFT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 lint: install  ## style, format and types
 	$(BIN)/ruff check .

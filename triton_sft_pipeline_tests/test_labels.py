@@ -124,9 +124,7 @@ def test_a_last_line_that_a_kill_cut_off_at_any_byte_is_judged_again(tmp_path: P
 
 
 def test_repeated_keys_are_different_records(tmp_path: Path) -> None:
-    found, _ = both(
-        [write_array(tmp_path / "t.json", [record(1), record(2, sample_key="sample_1"), record(1)])]
-    )
+    found, _ = both([write_array(tmp_path / "t.json", [record(1), record(2, sample_key="sample_1"), record(1)])])
     judge = RecordingJudge()
     verdicts = judge_records(found, as_judge(judge), tmp_path / "v.jsonl")
     assert len(verdicts) == 3 == len(judge.asked)

@@ -7,7 +7,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_the_steps_of_the_original_script_work_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_steps_of_the_original_script_work_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from triton_sft_pipeline import (
         create_lora_config,
         create_training_config,

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 SMALL = 20_000_000
-"""Parameters. Below it an operator is done before a second thread has woken up, and on a busy machine the threads that wait for each other make a
-step many times slower."""
+"""Parameters. Below it an operator is done before a second thread has woken up, and on a busy machine the threads that
+wait for each other make a step many times slower."""
 
 
 @contextmanager
 def suitable_threads(model: Any) -> Iterator[None]:
-    """One thread for a small model on a CPU while the block runs; the number is what it was afterwards. On a GPU nothing changes."""
+    """One thread for a small model on a CPU while the block runs; the number is what it was afterwards. On a GPU
+    nothing changes."""
     import torch
 
     parameters = list(model.parameters())
