@@ -1,13 +1,12 @@
-"""The tiny base model that ships under data/tiny_base: Trinity's architecture in miniature, and the command that
-rebuilds it.
+"""The tiny base model under data/tiny_base: Trinity's architecture in miniature, and the command that rebuilds it.
 
     python -m triton_sft_pipeline.training.tiny_base --traces data/reasoning_traces.json --out data/tiny_base [--check]
 
 It is an AFMoE (experts, shared experts, dense first layer, gated and sliding-window attention) of half a million
 parameters with a byte-level BPE tokenizer. It is pre-trained on what the correct traces are made of: prompts, reasoning
-and code, each as a document of its own, never joined. So it knows the vocabulary of kernels
-and nothing of which kernel answers which prompt: that is left for fine-tuning to teach, and for the report to show.
-    Held-out problems are no part of it.
+and code, each as a document of its own, never joined. So it knows the vocabulary of kernels and nothing of which kernel
+answers which prompt: that is left for fine-tuning to teach, and for the report to show. Held-out problems are no part
+of it.
 
 The result is the same to the bit whenever the command runs with the same torch on the same kind of CPU: one thread,
 deterministic algorithms, and vector units capped at AVX2. Another torch release or another CPU maker may round
