@@ -24,9 +24,10 @@ from typing import Any
 
 import dagster as dg
 
-from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG, SOURCE, process_is_alive
+from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG, SOURCE, observe_traces
 from triton_sft_pipeline.config import Config, code_versions, traces_location
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.processes import process_is_alive
 from triton_sft_pipeline.storage import Artifact, ArtifactStore
 from triton_sft_pipeline.traces import hash_location
 
@@ -82,14 +83,15 @@ def refresh(
     Raises:
         PipelineError: the traces cannot be read.
     """
-    version = hash_location(traces_location())
+    version, metadata = observe_traces()
+    if dry_run:
+        return _plan(instance, definitions, config, store, say)
     with _alone(store.root, say):
         release_dead_runs(instance, say)
         runner = _Runner(instance, definitions, dict(resources or {}))
-        if dry_run:
-            return _plan(instance, definitions, config, store, say)
         # An event without a run: what the "Observe" button records, without the seconds that a run takes.
-        instance.report_runless_asset_event(dg.AssetObservation(SOURCE, tags={DATA_VERSION_TAG: version}))
+        observation = dg.AssetObservation(SOURCE, tags={DATA_VERSION_TAG: version}, metadata=metadata)
+        instance.report_runless_asset_event(observation)
         return _waves(runner, config, store, say)
 
 
@@ -270,12 +272,20 @@ def _cause(error: Any) -> str:
 @contextmanager
 def _alone(root: Path, say: Say) -> Iterator[None]:
     """One refresh at a time on these artifacts; a second one waits, then finds little or nothing left to do."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".refresh.lock", "w", encoding="utf-8") as lock:
+    with _locked(
+        root / ".refresh.lock", lambda: say("Another refresh is at work on the same storage; waiting for it.")
+    ):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("Another refresh is at work on the same storage; waiting for it.")
+            on_wait()
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -316,4 +326,6 @@ def open_instance() -> dg.DagsterInstance:
         )
     os.environ["DAGSTER_HOME"] = str(directory)
     quiet = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
-    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(directory), overrides={"compute_logs": quiet}))
+    # Two processes that create Dagster's databases at once leave them unusable.
+    with _locked(directory / ".open.lock", lambda: None):
+        return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(directory), overrides={"compute_logs": quiet}))

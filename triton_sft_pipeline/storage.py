@@ -25,6 +25,7 @@ from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.files import hash_tree, read_json, write_json
+from triton_sft_pipeline.processes import process_stamp
 
 MANIFEST = "artifact.json"
 CURRENT = "current"
@@ -224,7 +225,7 @@ def _remove_abandoned_drafts(parent: Path) -> None:
     for path in parent.glob(f"{_DRAFT_PREFIX}*"):
         # From the right: a host name may hold hyphens and digits itself.
         host, *rest = path.name.removeprefix(_DRAFT_PREFIX).rsplit("-", 2)
-        if host == socket.gethostname() and len(rest) == 2 and not Path("/proc", rest[0]).exists():
+        if host == socket.gethostname() and len(rest) == 2 and rest[0].isdigit() and not process_stamp(int(rest[0])):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
 from triton_sft_pipeline.config import Config, load_config, traces_location
+from triton_sft_pipeline.processes import process_stamp
 from triton_sft_pipeline.traces import hash_location
 from triton_sft_pipeline.traces.reader import trace_files
 
@@ -66,20 +66,5 @@ HOST_TAG, PROCESS_TAG = "triton_sft/host", "triton_sft/process"
 
 def sign_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> None:
     """Write on the run which process works on it, so that a killed one can be told from a slow one."""
-    tags = {HOST_TAG: socket.gethostname(), PROCESS_TAG: _process_stamp(os.getpid())}
+    tags = {HOST_TAG: socket.gethostname(), PROCESS_TAG: process_stamp(os.getpid())}
     context.instance.add_run_tags(context.run.run_id, tags)
-
-
-def process_is_alive(stamp: str) -> bool:
-    """Whether the process of a stamp is still there and not another one under the same number."""
-    pid = stamp.split(":")[0]
-    return pid.isdigit() and _process_stamp(int(pid)) == stamp
-
-
-def _process_stamp(pid: int) -> str:
-    """`pid:start time in clock ticks`, from /proc (see proc_pid_stat(5), field 22); empty when there is none."""
-    try:
-        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else f"{pid}:{fields[19]}"

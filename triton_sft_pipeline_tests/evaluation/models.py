@@ -1,4 +1,6 @@
-"""Models and judges small enough for a test: a byte-level tokenizer, random networks, a scripted one, a recording judge."""
+"""Models and judges small enough for a test: a byte-level tokenizer, random networks, a scripted one, a recording
+judge.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +71,13 @@ def micro_afmoe(tokenizer: Any, **overrides: Any) -> Any:
 
 
 class ScriptedModel:
-    """Writes prescribed answers, token by token, the way `generate` of transformers does: stopping criteria, padding and all.
+    """Writes prescribed answers, token by token, the way `generate` of transformers does: stopping criteria, padding
+    and all.
 
     Args:
         tokenizer: a byte-level tokenizer.
-        answers: (a piece of the prompt, adapter on?) -> what is written after the generation prompt, without the end token.
+        answers: (a piece of the prompt, adapter on?) -> what is written after the generation prompt, without the end
+            token.
         end: whether the end-of-turn token is written after an answer.
     """
 

@@ -1,4 +1,6 @@
-"""The evaluation with a scripted model and a recording judge: what is asked, what is judged, what is counted, what is kept."""
+"""The evaluation with a scripted model and a recording judge: what is asked, what is judged, what is counted, what is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_every_model_and_split_has_its_own_count(evaluation: Evaluation) -> None
         ("tuned", "held_out"): (1, 3),
     }
     assert report["headline"] == (
-        "verified kernels: base 0/2 -> tuned 2/2 on seen problems; 1/1 -> 0/1 on test problems; 1/3 -> 1/3 on held-out problems"
+        "verified kernels: base 0/2 -> tuned 2/2 on seen problems; "
+        "1/1 -> 0/1 on test problems; 1/3 -> 1/3 on held-out problems"
     )
     assert report["schema_version"] == 1
     assert report == json.loads(json.dumps(report)), "plain JSON data"
@@ -82,7 +85,9 @@ def test_generations_and_verdicts_are_on_disk_line_by_line(evaluation: Evaluatio
     assert {(g["model"], g["split"], g["key"], g["sample"]) for g in generations} == {
         (model, split, p.key, 0) for model in ("base", "tuned") for split, several in SPLITS.items() for p in several
     }
-    assert all(g["tokens"] > 0 and g["stopped"] in ("stop", "eos") and g["text"].startswith("<think>") for g in generations)
+    assert all(
+        g["tokens"] > 0 and g["stopped"] in ("stop", "eos") and g["text"].startswith("<think>") for g in generations
+    )
     verdicts = lines(evaluation.directory / "verdicts.jsonl")
     assert len(verdicts) == 12
     assert Verdict.from_dict(verdicts[-1]).key in {p.key for several in SPLITS.values() for p in several}
@@ -192,7 +197,9 @@ def test_a_judge_that_forgets_an_answer_is_found_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("splits", "message"), [({}, "no problems"), ({"train": []}, "unknown split 'train'")])
-def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(tmp_path: Path, splits: Any, message: str) -> None:
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
+    tmp_path: Path, splits: Any, message: str
+) -> None:
     with pytest.raises(PipelineError, match=message):
         run(tmp_path / "out", splits=splits)
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,10 @@ def texts(completions: list[Completion]) -> list[str]:
 
 def test_a_left_padded_greedy_batch_writes_what_one_prompt_at_a_time_writes(afmoe: Any, tokenizer: Any) -> None:
     batched = generate(afmoe, tokenizer, PROMPTS, EvaluationSettings(max_new_tokens=40, batch_size=4))
-    alone = [generate(afmoe, tokenizer, [prompt], EvaluationSettings(max_new_tokens=40, batch_size=1))[0] for prompt in PROMPTS]
+    alone = [
+        generate(afmoe, tokenizer, [prompt], EvaluationSettings(max_new_tokens=40, batch_size=1))[0]
+        for prompt in PROMPTS
+    ]
     assert texts(batched) == texts(alone)
     assert [c.tokens for c in batched] == [c.tokens for c in alone]
     assert len(set(texts(batched))) == len(PROMPTS)
@@ -114,7 +117,9 @@ def test_each_row_ends_where_it_has_answered(tokenizer: Any) -> None:
         ("beta", True): "hard",
         ("gamma", True): "a <triton> draft </triton> is no answer\n</think>\n<triton>\nx = 1\n</triton>",
     }
-    completions = generate(ScriptedModel(tokenizer, answers), tokenizer, ["alpha", "beta", "gamma"], EvaluationSettings())
+    completions = generate(
+        ScriptedModel(tokenizer, answers), tokenizer, ["alpha", "beta", "gamma"], EvaluationSettings()
+    )
     assert texts(completions) == [f"<think>\n{answer}" for answer in answers.values()]
     assert [c.stopped for c in completions] == ["stop", "eos", "stop"]
     lengths = [len(answer) for answer in answers.values()]

@@ -1,4 +1,6 @@
-"""The drawn report: nothing of a model's answer becomes markup, nothing is loaded from anywhere, no number stands without its n."""
+"""The drawn report: nothing of a model's answer becomes markup, nothing is loaded from anywhere, no number stands
+without its n.
+"""
 
 from __future__ import annotations
 

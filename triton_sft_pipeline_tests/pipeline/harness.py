@@ -1,7 +1,8 @@
-"""The real pipeline with a recorded GPU: real definitions, instance, filter, dataset, gates, artifacts and report; training and generation
-are recorded.
+"""The real pipeline with a recorded GPU: real definitions, instance, filter, dataset, gates, artifacts and report;
+training and generation are recorded.
 
-What is not real is written out here by hand, so that a test of staleness takes seconds. The end-to-end test trains for real.
+What is not real is written out here by hand, so that a test of staleness takes seconds. The end-to-end test trains for
+real.
 """
 
 import hashlib
@@ -36,7 +37,9 @@ class RecordedGPU(GPUResource):
 
     def train(self, config: Config, dataset: Path, output: Path, on_log: Any) -> TrainingRun:
         seen = (
-            (dataset / "train.parquet").read_bytes() + config.training.model_dump_json().encode() + config.lora.model_dump_json().encode()
+            (dataset / "train.parquet").read_bytes()
+            + config.training.model_dump_json().encode()
+            + config.lora.model_dump_json().encode()
         )
         output.mkdir(parents=True, exist_ok=True)
         (output / "adapter_model.safetensors").write_bytes(hashlib.sha256(seen).digest())
@@ -133,7 +136,15 @@ class Pipeline:
         return build_definitions(self.config)
 
     def refresh(self, **options: Any) -> Outcome:
-        return refresh(self.instance, self.definitions, self.config, self.store, say=self.said.append, resources=self.resources, **options)
+        return refresh(
+            self.instance,
+            self.definitions,
+            self.config,
+            self.store,
+            say=self.said.append,
+            resources=self.resources,
+            **options,
+        )
 
     def stale(self) -> dict[str, str]:
         return stale_assets(self.instance, self.definitions, self.config, self.store)

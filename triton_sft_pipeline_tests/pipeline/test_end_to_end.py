@@ -1,4 +1,6 @@
-"""The whole way for real: traces are filtered, a model is trained, reloaded and asked, and its kernels are run. Nothing is recorded or faked."""
+"""The whole way for real: traces are filtered, a model is trained, reloaded and asked, and its kernels are run. Nothing
+is recorded or faked.
+"""
 
 import json
 import os
@@ -28,9 +30,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with six traces: five that are kept, one that is not."""
     home = tmp_path_factory.mktemp("home")
     traces = sample_traces()
-    kept = sorted((t for t in traces if t.get("result") and t["result"]["correctness"]), key=lambda t: len(t["triton_code"]))[:5]
-    (home / "traces.json").write_text(json.dumps([*kept, next(t for t in traces if t.get("result") and not t["result"]["correctness"])]))
-    (home / "settings.yaml").write_text("filter: {min_traces: 5}\ntraining: {max_steps: 120, eval_steps: 60, save_steps: 60}\n")
+    kept = sorted(
+        (t for t in traces if t.get("result") and t["result"]["correctness"]), key=lambda t: len(t["triton_code"])
+    )[:5]
+    (home / "traces.json").write_text(
+        json.dumps([*kept, next(t for t in traces if t.get("result") and not t["result"]["correctness"])])
+    )
+    (home / "settings.yaml").write_text(
+        "filter: {min_traces: 5}\ntraining: {max_steps: 120, eval_steps: 60, save_steps: 60}\n"
+    )
     return home
 
 

@@ -19,7 +19,10 @@ EVERYTHING = ["filtered_traces", "chat_dataset", "lora_adapter", "evaluation_rep
 
 def test_the_parents_that_refresh_knows_are_those_of_the_definitions(pipeline: Pipeline) -> None:
     graph = pipeline.definitions.resolve_asset_graph()
-    found = {key.to_user_string(): {p.to_user_string() for p in graph.get(key).parent_keys} for key in graph.materializable_asset_keys}
+    found = {
+        key.to_user_string(): {p.to_user_string() for p in graph.get(key).parent_keys}
+        for key in graph.materializable_asset_keys
+    }
     assert found == {key: set(parents) for key, parents in PARENTS.items()}
 
 
@@ -125,8 +128,13 @@ def test_a_promoted_adapter_holds_no_checkpoints(pipeline: Pipeline) -> None:
 def test_an_adapter_of_a_trial_counts_as_stale(pipeline: Pipeline) -> None:
     pipeline.refresh()
     trial = {"resources": {"gpu": {"config": {"overrides": {"training.epochs": 1}}}}}
-    assets, resources = pipeline.definitions.assets or [], {**(pipeline.definitions.resources or {}), **pipeline.resources}
-    result = dg.materialize(list(assets), selection=["lora_adapter"], instance=pipeline.instance, resources=resources, run_config=trial)
+    assets, resources = (
+        pipeline.definitions.assets or [],
+        {**(pipeline.definitions.resources or {}), **pipeline.resources},
+    )
+    result = dg.materialize(
+        list(assets), selection=["lora_adapter"], instance=pipeline.instance, resources=resources, run_config=trial
+    )
     assert result.success
     assert pipeline.store.require("lora_adapter").record["configuration"]["training"]["epochs"] == 1
     assert "another configuration" in pipeline.stale()["lora_adapter"]
