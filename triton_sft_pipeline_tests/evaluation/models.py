@@ -136,7 +136,7 @@ class ScriptedModel:
 
 
 class RecordingJudge:
-    """Gives the verdict that `verdicts` names for a piece of the code ("verified" for anything else), last item first."""
+    """Gives the verdict that `verdicts` names for a piece of the code, else "verified"; last item first."""
 
     def __init__(self, verdicts: dict[str, str] | None = None, **fields: Any) -> None:
         self.verdicts = verdicts or {}
