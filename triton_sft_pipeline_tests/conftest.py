@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The suite is about the CPU, where results are the same to the bit; what only a GPU can show is marked and run apart.
 if not os.environ.get("TRITON_SFT_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# A shell that starts the suite in the background has it ignore SIGINT, and every process below inherits that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")

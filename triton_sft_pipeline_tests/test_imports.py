@@ -102,7 +102,8 @@ def test_the_shared_modules_know_nobody() -> None:
     assert rooms_of(imported_by(PACKAGE / "errors.py")) == set()
     assert rooms_of(imported_by(PACKAGE / "files.py")) == set()
     assert rooms_of(imported_by(PACKAGE / "progress.py")) == set()
-    assert rooms_of(imported_by(PACKAGE / "storage.py")) == {"errors", "files"}
+    assert rooms_of(imported_by(PACKAGE / "processes.py")) == set()
+    assert rooms_of(imported_by(PACKAGE / "storage.py")) == {"errors", "files", "processes"}
 
 
 def loaded_after(statement: str) -> set[str]:
