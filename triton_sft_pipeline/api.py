@@ -211,12 +211,16 @@ def inference(pytorch_code: str, adapter: str | Path | None = None) -> str:
         `<think>...</think>` and `<triton>...</triton>`, as the model wrote it.
 
     Raises:
-        PipelineError: there is no adapter, or its base model cannot be had.
+        PipelineError: the code is no Python, there is no adapter, or its base model cannot be had.
     """
     from triton_sft_pipeline.chat.prompt import user_message
     from triton_sft_pipeline.evaluation import generate
     from triton_sft_pipeline.training.model import load_model_and_tokenizer as load
 
+    try:
+        compile(pytorch_code, "the PyTorch code", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise PipelineError(f"the PyTorch code is not valid Python: {error}.") from error
     config, path = adapter_settings(Path(adapter) if adapter else None)
     model, tokenizer = load(config.model, path)
     one = config.evaluation.model_copy(update={"samples": 1})
@@ -297,6 +301,8 @@ def write_chat_dataset(config: Config, kept: list[Any], directory: Path) -> Path
     from triton_sft_pipeline.config import held_out_fingerprints
     from triton_sft_pipeline.progress import progress_bar
 
+    if not kept:
+        raise PipelineError("there are no filtered traces to build a dataset of; `triton-sft filter` says why.")
     counter = token_counter(load_tokenizer(config.model.base_model, config.model.revision))
     with progress_bar("counting tokens") as progress:
         dataset = build_dataset(
@@ -331,6 +337,8 @@ def train_adapter(config: Config, dataset: Path, output_dir: Path) -> TrainingRu
     run = train_on_dataset(config.model, config.lora, config.training, dataset, output_dir, progress=on_a_terminal())
     if not losses_finite(run.log_history):
         raise GateError("a logged loss is not a number: lower training.learning_rate.", "loss_finite")
+    if run.resumed_from is not None:
+        print(f"went on from the checkpoint of step {run.resumed_from}")
     print(
         f"adapter       {run.steps} steps, loss {run.train_loss[0]:.3g} -> {run.train_loss[1]:.3g}  {run.adapter_dir}"
     )

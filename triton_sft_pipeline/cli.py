@@ -134,7 +134,9 @@ def filter_command(
         write_filtered(filtered, out)
         _say(f"written to {out}")
     if len(filtered.kept) < config.filter.min_traces:
-        why = f" {out / 'dropped.jsonl'} says why." if out and not dry_run else ""
+        losses = {"dropped.jsonl": filtered.dropped, "quarantine.jsonl": filtered.quarantined}
+        files = [str(out / name) for name, lost in losses.items() if lost] if out and not dry_run else []
+        why = f" Why the rest was not: {' and '.join(files)}." if files else ""
         wanted = f"at least {config.filter.min_traces} are wanted"
         _fail(f"min_traces: {len(filtered.kept)} traces are kept, {wanted}.{why}", 1)
 
@@ -220,7 +222,12 @@ def train(
     "--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on."
 )
 @click.option("--no-timing", is_flag=True, help="Correctness alone.")
-@click.option("--relabel", type=PATH, metavar="OUT.json", help="Also write the traces with measured results.")
+@click.option(
+    "--relabel",
+    type=PATH,
+    metavar="OUT.json",
+    help="Also write the traces with measured results; a record without a result keeps none.",
+)
 def verify(
     traces: tuple[Path, ...],
     out: Path,
@@ -285,6 +292,8 @@ def evaluate(
 
     config = _config(preset, config_file, (*sets, *([f"evaluation.samples={samples}"] if samples else [])))
     asked = load_problems(problems)
+    if adapter and not (adapter / "adapter_config.json").is_file():
+        raise PipelineError(f"{adapter}: no adapter there (adapter_config.json is missing).")
     facts = {"preset": config.preset, "base_model": config.model.base_model, "problems": str(problems)}
     if adapter:
         facts["adapter"] = str(adapter)

@@ -113,7 +113,7 @@ def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdic
         record = dict(item.record.value)
         verdict = verdicts[item.identity]
         if record.get("result") is not None and verdict.verdict not in UNMEASURED:
-            record["result"] = result_of(verdict)
+            record["result"] = _with_known_speed(result_of(verdict), record["result"])
         yield record
 
 
@@ -137,12 +137,26 @@ def result_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _with_known_speed(measured: dict[str, Any], labelled: Any) -> dict[str, Any]:
+    """Keep the labelled speed where a right kernel was not timed: an interpreter must not wipe out a measurement."""
+    if measured["speedup"] is not None or not isinstance(labelled, dict) or not labelled.get("correctness"):
+        return measured
+    known = ("speedup", "fast_1", "fast_2", "reference_time_ms", "kernel_time_ms")
+    return {**measured, **{name: labelled[name] for name in known if name in labelled}}
+
+
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
 def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict], out: Path) -> None:
-    """Write the relabelled records as one JSON array."""
+    """Write the relabelled records as one JSON array.
+
+    Raises:
+        PipelineError: `out` is one of the trace files; a label that was replaced could not be had back.
+    """
+    if any(isinstance(r, Judgeable) and out.resolve() == Path(r.record.file).resolve() for r in records):
+        raise PipelineError(f"{out}: these are the traces that were judged. Give --relabel another name.")
     write_json(out, list(relabelled(records, verdicts)))
 
 

@@ -27,6 +27,7 @@ import dagster as dg
 from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG, SOURCE, observe_traces
 from triton_sft_pipeline.config import Config, code_versions, traces_location
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.files import atomic_write_bytes
 from triton_sft_pipeline.processes import process_is_alive
 from triton_sft_pipeline.storage import Artifact, ArtifactStore
 from triton_sft_pipeline.traces import hash_location
@@ -38,6 +39,9 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
     "evaluation_report": ("lora_adapter", "chat_dataset"),
 }
 """The assets in order, with what each is made from. A test holds it against the definitions."""
+
+SHIPPED_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
+"""The Dagster home of a checkout."""
 
 DATA_VERSION_TAG = "dagster/data_version"
 
@@ -317,7 +321,7 @@ def open_instance() -> dg.DagsterInstance:
     from dagster._core.instance.ref import InstanceRef
 
     home = os.environ.get("DAGSTER_HOME")
-    directory = Path(home).expanduser().absolute() if home else Path(__file__).resolve().parent.parent / "dagster_home"
+    directory = Path(home).expanduser().absolute() if home else SHIPPED_HOME
     if home:
         directory.mkdir(parents=True, exist_ok=True)
     elif not (directory / "dagster.yaml").is_file():
@@ -325,7 +329,15 @@ def open_instance() -> dg.DagsterInstance:
             "DAGSTER_HOME is not set. Point it at a directory that remembers what was materialised, such as ~/.dagster."
         )
     os.environ["DAGSTER_HOME"] = str(directory)
+    _configure_once(directory)
     quiet = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
     # Two processes that create Dagster's databases at once leave them unusable.
     with _locked(directory / ".open.lock", lambda: None):
         return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(directory), overrides={"compute_logs": quiet}))
+
+
+def _configure_once(directory: Path) -> None:
+    """Give a new Dagster home the shipped settings: one place in the GPU pool, no telemetry."""
+    shipped, own = SHIPPED_HOME / "dagster.yaml", directory / "dagster.yaml"
+    if shipped.is_file() and not own.exists():
+        atomic_write_bytes(own, shipped.read_bytes())

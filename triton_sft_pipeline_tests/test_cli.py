@@ -131,7 +131,8 @@ def test_exit_code_1_when_too_few_are_kept_and_the_reasons_are_on_disk(run: Run,
     assert done.code == 1
     assert (
         one_message(done)
-        == "triton-sft: min_traces: 12 traces are kept, at least 13 are wanted. out/dropped.jsonl says why.\n"
+        == "triton-sft: min_traces: 12 traces are kept, at least 13 are wanted. "
+        "Why the rest was not: out/dropped.jsonl.\n"
     )
     assert Path("out", "dropped.jsonl").is_file()
 

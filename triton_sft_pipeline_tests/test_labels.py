@@ -245,3 +245,18 @@ def test_relabelling_keeps_what_could_not_be_judged(tmp_path: Path) -> None:
     verdicts = judge_records(found, as_judge(RecordingJudge()), tmp_path / "v.jsonl")
     assert next(iter(relabelled(everything, verdicts))) == lost
     assert len(list(relabelled(everything, verdicts))) == 2
+
+
+def test_what_a_gpu_measured_outlives_a_check_without_timing(tmp_path: Path) -> None:
+    timed = {"correctness": True, "speedup": 1.7, "fast_0": True, "fast_1": True, "fast_2": False, "error": None}
+    everything = read_judgeable([write_array(tmp_path / "t.json", [record(1, result=timed)])])
+    found = [item for item in everything if isinstance(item, Judgeable)]
+    verdicts = judge_records(found, as_judge(RecordingJudge(speedup=None)), tmp_path / "v.jsonl")
+    (new,) = relabelled(everything, verdicts)
+    assert (new["result"]["speedup"], new["result"]["fast_1"]) == (1.7, True)
+
+
+def test_relabelling_never_writes_over_the_traces(tmp_path: Path) -> None:
+    everything = read_judgeable([write_array(tmp_path / "t.json", [record(1)])])
+    with pytest.raises(PipelineError, match="Give --relabel another name"):
+        write_relabelled(everything, {}, tmp_path / "t.json")
