@@ -130,8 +130,7 @@ def test_exit_code_1_when_too_few_are_kept_and_the_reasons_are_on_disk(run: Run,
     done = run("filter", traces, "--out", "out", "--min-traces", "13")
     assert done.code == 1
     assert (
-        one_message(done)
-        == "triton-sft: min_traces: 12 traces are kept, at least 13 are wanted. "
+        one_message(done) == "triton-sft: min_traces: 12 traces are kept, at least 13 are wanted. "
         "Why the rest was not: out/dropped.jsonl.\n"
     )
     assert Path("out", "dropped.jsonl").is_file()

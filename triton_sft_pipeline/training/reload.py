@@ -20,9 +20,8 @@ PROBE_TOKENS = 512
 """Enough to involve every layer, and cheap on a large model."""
 
 TOLERANCE = 0.02
-"""Loss. On a CPU both are equal to the bit. A GPU sums over experts in no fixed order, and a token on the border between
-two experts may then go to the other one: 0.002 was seen on an H200. An adapter that did not load is off by tenths at
-least.
+"""Loss. On a CPU both are equal to the bit. A GPU sums over experts in no fixed order, and a token between two experts
+may then go to the other one: 0.002 was seen on an H200. An adapter that did not load is off by tenths at least.
 """
 
 
