@@ -39,14 +39,7 @@ def enforce(asset: str, gates: Sequence[Gate]) -> Iterator[dg.AssetCheckResult]:
         dg.Failure: a gate failed. Not retried: the same input fails again.
     """
     for gate in gates:
-        yield dg.AssetCheckResult(
-            check_name=gate.name,
-            asset_key=asset,
-            passed=gate.passed,
-            severity=dg.AssetCheckSeverity.ERROR,
-            description=gate.detail,
-            metadata=dict(gate.metadata),
-        )
+        yield _result(asset, gate, dg.AssetCheckSeverity.ERROR)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         told = " ".join(f"{gate.name}: {gate.detail}" for gate in failed)
@@ -55,11 +48,15 @@ def enforce(asset: str, gates: Sequence[Gate]) -> Iterator[dg.AssetCheckResult]:
 
 def warning(asset: str, gate: Gate) -> dg.AssetCheckResult:
     """A condition that a person should know of and that holds nothing back."""
+    return _result(asset, gate, dg.AssetCheckSeverity.WARN)
+
+
+def _result(asset: str, gate: Gate, severity: dg.AssetCheckSeverity) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         check_name=gate.name,
         asset_key=asset,
         passed=gate.passed,
-        severity=dg.AssetCheckSeverity.WARN,
+        severity=severity,
         description=gate.detail,
         metadata=dict(gate.metadata),
     )

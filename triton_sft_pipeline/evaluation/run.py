@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from triton_sft_pipeline.chat.dataset import Example, read_examples
 from triton_sft_pipeline.chat.prompt import pytorch_code_of
-from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.evaluation.evaluate import Judge, evaluate
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.problems import Problem
@@ -26,25 +26,17 @@ def problems_of_dataset(dataset: Path) -> dict[str, list[Problem]]:
     Raises:
         PipelineError: the directory holds no such dataset.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     found: dict[str, list[Problem]] = {}
     for split, side in _SIDES.items():
-        path = Path(dataset) / f"{split}.parquet"
-        try:
-            rows = pq.read_table(path, columns=["prompt", "sample_key", "problem", "source"]).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise PipelineError(
-                f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`."
-            ) from error
-        found[side] = list({row["problem"]: _problem(row) for row in reversed(rows)}.values())[::-1]
+        # Of several traces of one problem the first names it.
+        named = {e.problem: _problem(e) for e in reversed(read_examples(dataset, split))}
+        found[side] = list(named.values())[::-1]
     return found
 
 
-def _problem(row: Mapping[str, Any]) -> Problem:
-    code = pytorch_code_of(row["prompt"][0]["content"])
-    return Problem(key=row["sample_key"], pytorch_code=code, source=row["source"] or "")
+def _problem(example: Example) -> Problem:
+    code = pytorch_code_of(example.prompt[0]["content"])
+    return Problem(key=example.sample_key, pytorch_code=code, source=example.source or "")
 
 
 def provenance(facts: Mapping[str, Any], notes: Iterable[str]) -> dict[str, Any]:
