@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 SAMPLE = 8
 """Enough to notice a file whose labels are wrong throughout, and seconds even in the interpreter."""
 
-UNKNOWN = frozenset({"unsupported_on_cpu", "infra_error", "reference_error", "degenerate_task", "timeout"})
-"""Verdicts that say nothing against a label: this machine could not find out."""
-
 
 def build_checks(active: Config) -> list[dg.AssetChecksDefinition]:
     """The stand-alone checks under this configuration."""
@@ -48,9 +45,9 @@ def build_checks(active: Config) -> list[dg.AssetChecksDefinition]:
 
 def labels_result(sample: list[Trace], verdicts: dict[str, "Verdict"]) -> dg.AssetCheckResult:
     """Compare labels with verdicts, {version of the trace: verdict}."""
-    known = [t for t in sample if verdicts[t.version].verdict not in UNKNOWN]
+    known = [t for t in sample if verdicts[t.version].is_conclusive]
     differing = [t for t in known if bool(t.correctness) != verdicts[t.version].correctness]
-    rows = [[t.sample_key, t.correctness, verdicts[t.version].verdict, verdicts[t.version].detail] for t in sample]
+    rows = [[t.sample_key, t.correctness, *_told(verdicts[t.version])] for t in sample]
     counts = Counter(v.verdict for v in verdicts.values())
     held, unknown = len(known) - len(differing), len(sample) - len(known)
     told = f"{held} of {len(known)} labels hold; {unknown} could not be checked on this machine."
@@ -59,11 +56,24 @@ def labels_result(sample: list[Trace], verdicts: dict[str, "Verdict"]) -> dg.Ass
         severity=dg.AssetCheckSeverity.WARN,
         description=told + (f" The first that does not: {differing[0].sample_key}." if differing else ""),
         metadata={
-            "share_that_holds": held / len(known) if known else 0.0,
-            "verdicts": dg.MetadataValue.md(table_markdown(["trace", "labelled correct", "verdict", "why"], rows)),
+            "share_that_does_not_hold": len(differing) / len(known) if known else 0.0,
+            "could_not_be_checked": unknown,
+            "verdicts": dg.MetadataValue.md(table_markdown(["trace", "labelled correct", *_TOLD], rows)),
             "counts": ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()),
+            "isolation": ", ".join(sorted({v.isolation for v in verdicts.values()})),
         },
     )
+
+
+_TOLD = ["verdict", "done by PyTorch", "speedup", "why"]
+
+
+def _told(verdict: "Verdict") -> list[str]:
+    """The columns of _TOLD. A share by PyTorch is told where there is one: such a kernel is verified_hybrid, or a
+    torch_fallback.
+    """
+    share = f"{verdict.torch_share:.0%}" if verdict.torch_share else ""
+    return [verdict.verdict, share, f"{verdict.speedup:.2f}" if verdict.speedup else "", verdict.detail]
 
 
 def _judge(sample: list[Trace], judge: "KernelJudge") -> dict[str, "Verdict"]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,23 +204,29 @@ def train(
 @cli.command()
 @click.argument("traces", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--out", required=True, type=PATH, help="JSON Lines, one verdict a record; an existing file is gone on with."
+    "--out", required=True, type=PATH, help="JSON Lines, one verdict a kernel; a file from before is continued."
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cuda", "cpu"]),
     default="auto",
     show_default=True,
-    help="cpu is Triton's interpreter.",
+    help="cpu is Triton's interpreter: correctness alone.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Kernels judged beside each other (default: by cores).")
+@click.option("--workers", type=click.IntRange(min=1), help="Kernels judged at a time (default: by cores).")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds a kernel may take."
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=60.0,
+    show_default=True,
+    help="Seconds a kernel may take for all trials, and again for its timing.",
 )
 @click.option(
     "--trials", type=click.IntRange(min=1), default=5, show_default=True, help="Draws of inputs a kernel must agree on."
 )
-@click.option("--no-timing", is_flag=True, help="Correctness alone.")
+@click.option("--no-timing", is_flag=True, help="Correctness alone, on a GPU too.")
+@click.option("--compile-baseline", is_flag=True, help="Also against torch.compile (GPU; many seconds a kernel).")
 @click.option(
     "--relabel",
     type=PATH,
@@ -231,38 +236,48 @@ def train(
 def verify(
     traces: tuple[Path, ...],
     out: Path,
-    device: str,
-    workers: int | None,
-    timeout: float,
-    trials: int,
-    no_timing: bool,
     relabel: Path | None,
+    no_timing: bool,
+    trials: int,
+    compile_baseline: bool,
+    **limits: Any,
 ) -> None:
     """Judge every kernel of TRACES (files or folders).
 
-    A record needs only pytorch_code and triton_code. Killed and started again with the same --out, it goes on where it
-    was.
+    A record needs only pytorch_code and triton_code; of a multi-turn record every turn with code is judged. Killed and
+    started again with the same --out, it goes on where it was.
+
+    \b
+    Exit code 0  every record got a verdict, whatever it was
+              1  a record could not be judged; the others were
+              2  usage or input, or --out was judged in another way
     """
-    from triton_sft_pipeline.labels import Judgeable, Refused, judge_records, read_judgeable, write_relabelled
+    from triton_sft_pipeline import labels
+    from triton_sft_pipeline.label_table import outcome_lines
     from triton_sft_pipeline.progress import progress_bar
     from triton_sft_pipeline.verification import KernelJudge
 
-    everything = read_judgeable(list(traces))
-    records = [item for item in everything if isinstance(item, Judgeable)]
-    for item in everything:
-        if isinstance(item, Refused):
-            click.echo(f"not judged: {item.sentence}", err=True)
+    everything = labels.read_judgeable(list(traces))
+    records = [item for item in everything if isinstance(item, labels.Judgeable)]
+    refused = [item for item in everything if isinstance(item, labels.Refused)]
+    for item in refused:
+        click.echo(f"not judged: {item.sentence}", err=True)
     if not records:
         raise PipelineError("there is nothing to judge: no record has pytorch_code and triton_code.")
-    judge = KernelJudge(device=device, workers=workers, timeout_s=timeout, trials=trials, timing=not no_timing)
-    with judge, progress_bar("kernels") as progress:
-        verdicts = judge_records(records, judge, out, progress)
-    for verdict, count in Counter(v.verdict for v in verdicts.values()).most_common():
-        _say(f"{verdict:<24} {count:>7,}")
-    _say(f"{'records':<24} {len(verdicts):>7,}  {out}")
+    with (
+        KernelJudge(trials=trials, timing=not no_timing, compile_baseline=compile_baseline, **limits) as judge,
+        progress_bar("kernels", resumes=True) as progress,
+    ):
+        times = judge.backend == "cuda" and not no_timing
+        settings = labels.JudgeSettings(judge.backend, trials, times, times and compile_baseline)
+        judged = labels.judge_records(records, judge, out, settings, progress)
+    for line in (*outcome_lines(records, judged), f"verdicts   {out}"):
+        _say(line)
     if relabel:
-        write_relabelled(everything, verdicts, relabel)
-        _say(f"relabelled  {relabel}")
+        labels.write_relabelled(everything, judged.verdicts, relabel)
+        _say(f"relabelled {relabel}")
+    if refused:
+        _fail(f"{len(refused)} could not be judged; they are named above.", 1)
 
 
 @cli.command()

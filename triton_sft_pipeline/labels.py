@@ -1,14 +1,17 @@
-"""Judging the traces of files: one verdict a record, on disk the moment it is decided, and labels measured anew.
+"""Judging the traces of files: one verdict a kernel, on disk the moment it is decided, and labels measured anew.
 
-A killed run goes on where it was: a record is known by its file, its position and a hash of what is judged, because
-keys repeat in real files.
+A killed run goes on where it was: a kernel is known by its file, its position and a hash of what is judged, because
+keys repeat in real files. Knows nothing of how a verdict is found, or of how the outcome is shown.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +19,63 @@ from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import atomic_write_bytes, hash_json, json_bytes, write_json
 from triton_sft_pipeline.traces.reader import Break, open_trace_file, trace_files
 from triton_sft_pipeline.traces.record import Malformed, RawRecord
-from triton_sft_pipeline.verification import JudgeItem, KernelJudge, Verdict
+from triton_sft_pipeline.verification import JUDGE_VERSION, JudgeItem, KernelJudge, Verdict
 
-UNMEASURED = frozenset({"infra_error", "reference_error", "unsupported_on_cpu", "degenerate_task"})
-"""Verdicts that say nothing about the kernel: no label is written for them."""
+_SPEED = ("reference_time_ms", "reference_iqr_ms", "kernel_time_ms", "kernel_iqr_ms")
+_INTERVAL = ("speedup_low", "speedup_high")
+_OURS = ("sample_key", "file", "position", "turn", "judge_version", "settings")
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """What decides whether verdicts may stand in one file. A line of the file keeps them.
+
+    Attributes:
+        backend: "cuda", or "interpreter" for Triton's CPU interpreter.
+        trials: draws of inputs that were asked for.
+        timing: whether speedups are measured.
+        compile_baseline: whether torch.compile is measured too.
+    """
+
+    backend: str
+    trials: int = 5
+    timing: bool = True
+    compile_baseline: bool = False
 
 
 @dataclass(frozen=True)
 class Judgeable:
-    """A record that can be judged: it needs pytorch_code and triton_code, nothing else.
+    """A kernel that can be judged: it needs pytorch_code and its own code, nothing else.
 
     Attributes:
         identity: content hash, position and file; what its verdict is known by.
+        code: the kernel; empty when the record has none.
+        turn: which turn of a conversation wrote it, from 1; None for a record's one kernel, or its final one.
     """
 
     record: RawRecord
     identity: str
+    code: str
+    turn: int | None = None
 
     @property
     def item(self) -> JudgeItem:
+        return JudgeItem(key=self.identity, pytorch_code=self.record.value["pytorch_code"], triton_code=self.code)
+
+    @property
+    def name(self) -> str:
+        """What a person knows it by: its sample_key, or file and position."""
+        key = self.record.value.get("sample_key") or f"{Path(self.record.file).name}, record {self.record.position}"
+        return f"{key} turn {self.turn}" if self.turn else str(key)
+
+    @property
+    def label(self) -> bool | None:
+        """Whether it is labelled correct; None without a label."""
         value = self.record.value
-        return JudgeItem(
-            key=self.identity, pytorch_code=value["pytorch_code"], triton_code=value.get("triton_code") or ""
-        )
+        holder = value if self.turn is None else value["turns"][self.turn - 1]
+        result = holder.get("result", holder.get("final_result"))
+        correctness = result.get("correctness") if isinstance(result, dict) else None
+        return correctness if isinstance(correctness, bool) else None
 
 
 @dataclass(frozen=True)
@@ -49,8 +86,25 @@ class Refused:
     sentence: str
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What became of the kernels.
+
+    Attributes:
+        verdicts: identity -> verdict of every kernel, those of earlier runs included.
+        judged_now: how many of them this run decided.
+        seconds: how long it took.
+    """
+
+    verdicts: dict[str, Verdict]
+    judged_now: int
+    seconds: float
+
+
 def read_judgeable(places: list[Path]) -> list[Judgeable | Refused]:
-    """Every record of the files, in order, as something to judge or as refused.
+    """Every kernel of the files, in order, as something to judge or as refused.
+
+    Of a conversation (a record with `turns`) every turn with code is one, and so is a final kernel that no turn wrote.
 
     Raises:
         PipelineError: a place cannot be read.
@@ -62,63 +116,76 @@ def read_judgeable(places: list[Path]) -> list[Judgeable | Refused]:
                 found.append(Refused(None, str(item)))
             elif isinstance(item, Malformed):
                 found.append(Refused(None, f"{item.file}, record {item.position}: {item.detail}"))
-            elif not _is_judgeable(item.value):
-                why = "pytorch_code is missing or no text, or triton_code is no text"
+            elif why := _why_not(item.value):
                 found.append(Refused(item.value, f"{item.file}, record {item.position}: {why}"))
             else:
-                found.append(Judgeable(item, _identity(item)))
+                found += _kernels(item)
     return found
 
 
 def judge_records(
-    records: list[Judgeable], judge: KernelJudge, out: Path, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Verdict]:
+    records: list[Judgeable],
+    judge: KernelJudge,
+    out: Path,
+    settings: JudgeSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Judged:
     """Judge what `out` does not hold yet, one line appended a verdict.
 
-    Returns:
-        identity -> verdict of every record, the ones of earlier runs included.
+    Args:
+        progress: called with (done, total); first with what earlier runs have done.
 
     Raises:
-        PipelineError: `out` is one of the trace files, or holds something else than verdicts.
+        PipelineError: `out` is one of the trace files, holds something else than verdicts, or verdicts of another judge
+            or of other settings.
     """
     if any(out.resolve() == Path(r.record.file).resolve() for r in records):
         raise PipelineError(f"{out}: these are the traces to judge. Give --out another name.")
-    known = _resume(out)
-    todo = [r for r in records if r.identity not in known]
-    places = {r.identity: r.record for r in records}
-    done = len(records) - len(todo)
+    began = time.monotonic()
+    known = _resume(out, settings)
+    kernels = {r.identity: r for r in records}
+    todo = [kernel for identity, kernel in kernels.items() if identity not in known]
+    done = len(kernels) - len(todo)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("ab") as stream:
-        for verdict in judge.verify_many(r.item for r in todo):
+        if progress:
+            progress(done, len(kernels))
+        for verdict in judge.verify_many(kernel.item for kernel in todo):
             known[verdict.key] = verdict
-            stream.write(json_bytes(json.dumps(_line(verdict, places[verdict.key]), ensure_ascii=False) + "\n"))
+            line = _line(verdict, kernels[verdict.key], settings)
+            stream.write(json_bytes(json.dumps(line, ensure_ascii=False) + "\n"))
             stream.flush()
             done += 1
             if progress:
-                progress(done, len(records))
-    return {r.identity: known[r.identity] for r in records}
+                progress(done, len(kernels))
+    verdicts = {identity: known[identity] for identity in kernels}
+    return Judged(verdicts, len(todo), time.monotonic() - began)
 
 
 def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict]) -> Iterator[Any]:
     """The records in their original schema, with the measured result in place of the label where there was a result.
 
     What cannot be judged, and a record whose result is missing or null, stays as it is: the pipeline must see it. Flags
-    follow the point estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2.
+    follow the point estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2. Of a
+    conversation the result of every turn is replaced, and its final result.
     """
-    for item in records:
-        if isinstance(item, Refused):
-            if item.value is not None:
-                yield item.value
+    for _, group in groupby(records, key=lambda item: id(item.record if isinstance(item, Judgeable) else item)):
+        kernels = list(group)
+        first = kernels[0]
+        if isinstance(first, Refused):
+            if first.value is not None:
+                yield first.value
             continue
-        record = dict(item.record.value)
-        verdict = verdicts[item.identity]
-        if record.get("result") is not None and verdict.verdict not in UNMEASURED:
-            record["result"] = _with_known_speed(result_of(verdict), record["result"])
-        yield record
+        record = first.record.value
+        if _is_conversation(record):
+            judged = [(k, verdicts[k.identity]) for k in kernels if isinstance(k, Judgeable)]
+            yield _relabelled_conversation(record, judged)
+        else:
+            yield _with_result(record, "result", verdicts[first.identity])
 
 
 def result_of(verdict: Verdict) -> dict[str, Any]:
-    """A verdict in the schema of a trace's `result`, with the times and the judge's word beside it.
+    """A verdict in the schema of a trace's `result`, with times, intervals and the judge's word beside it.
 
     A wrong kernel has speedup 0, as in that schema; a right one whose speed was not measured (Triton's interpreter) has
     none.
@@ -132,21 +199,10 @@ def result_of(verdict: Verdict) -> dict[str, Any]:
         "fast_1": None if speedup is None else speedup > 1.0,
         "fast_2": None if speedup is None else speedup >= 2.0,
         "error": None if verdict.correctness else f"{verdict.verdict}: {verdict.detail}",
-        "reference_time_ms": _rounded(verdict.reference_time_ms, 6),
-        "kernel_time_ms": _rounded(verdict.kernel_time_ms, 6),
+        **{name: _rounded(getattr(verdict, name), 6) for name in _SPEED},
+        **{name: _rounded(getattr(verdict, name), 4) for name in _INTERVAL},
+        "launch_bound": verdict.launch_bound,
     }
-
-
-def _with_known_speed(measured: dict[str, Any], labelled: Any) -> dict[str, Any]:
-    """Keep the labelled speed where a right kernel was not timed: an interpreter must not wipe out a measurement."""
-    if measured["speedup"] is not None or not isinstance(labelled, dict) or not labelled.get("correctness"):
-        return measured
-    known = ("speedup", "fast_1", "fast_2", "reference_time_ms", "kernel_time_ms")
-    return {**measured, **{name: labelled[name] for name in known if name in labelled}}
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
 
 
 def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict], out: Path) -> None:
@@ -160,23 +216,81 @@ def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, 
     write_json(out, list(relabelled(records, verdicts)))
 
 
-def _is_judgeable(value: Any) -> bool:
+def _is_conversation(value: dict[str, Any]) -> bool:
+    return "triton_code" not in value and ("turns" in value or "final_triton_code" in value)
+
+
+def _why_not(value: Any) -> str | None:
+    """The reason why a record cannot be judged, or None."""
     if not isinstance(value, dict) or not isinstance(value.get("pytorch_code"), str):
-        return False
-    return isinstance(value.get("triton_code"), str | None)
+        return "pytorch_code is missing or no text"
+    turns = (value.get("turns") or []) if _is_conversation(value) else []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return "turns is no list of objects"
+    codes = [value.get("triton_code"), value.get("final_triton_code"), *(turn.get("triton_code") for turn in turns)]
+    return None if all(isinstance(code, str | None) for code in codes) else "triton_code is no text"
 
 
-def _identity(record: RawRecord) -> str:
-    content = [record.value["pytorch_code"], record.value.get("triton_code")]
-    return f"{hash_json(content)[:16]}@{record.position}@{record.file}"
+def _kernels(record: RawRecord) -> list[Judgeable]:
+    value = record.value
+    if not _is_conversation(value):
+        return [_judgeable(record, value.get("triton_code"))]
+    codes = [turn.get("triton_code") or "" for turn in value.get("turns") or []]
+    written = [_judgeable(record, code, turn) for turn, code in enumerate(codes, 1) if code.strip()]
+    final = value.get("final_triton_code") or ""
+    if not written or (final.strip() and final not in codes):
+        written.append(_judgeable(record, final))
+    return written
 
 
-def _line(verdict: Verdict, record: RawRecord) -> dict[str, Any]:
-    key = record.value.get("sample_key")
-    return {"sample_key": key, "file": record.file, "position": record.position, **verdict.to_dict()}
+def _judgeable(record: RawRecord, code: str | None, turn: int | None = None) -> Judgeable:
+    content = hash_json([record.value["pytorch_code"], code])[:16]
+    place = f"{record.position}.{turn}" if turn else f"{record.position}"
+    return Judgeable(record, f"{content}@{place}@{record.file}", code or "", turn)
 
 
-def _resume(out: Path) -> dict[str, Verdict]:
+def _relabelled_conversation(record: dict[str, Any], judged: list[tuple[Judgeable, Verdict]]) -> dict[str, Any]:
+    new = deepcopy(record)
+    final = record.get("final_triton_code") or ""
+    for kernel, verdict in judged:
+        if kernel.turn is not None:
+            turn = new["turns"][kernel.turn - 1]
+            new["turns"][kernel.turn - 1] = _with_result(turn, "result", verdict)
+        if kernel.code == final:
+            # From the old label each time: of several turns with this code the last one decides.
+            new["final_result"] = _with_result(record, "final_result", verdict).get("final_result")
+    return {name: new[name] for name in record}
+
+
+def _with_result(holder: dict[str, Any], name: str, verdict: Verdict) -> dict[str, Any]:
+    """The object with the measured result under `name`, unless it had none or the verdict says nothing."""
+    if holder.get(name) is None or not verdict.is_conclusive:
+        return holder
+    return {**holder, name: _with_known_speed(result_of(verdict), holder[name])}
+
+
+def _with_known_speed(measured: dict[str, Any], labelled: Any) -> dict[str, Any]:
+    """Keep the labelled speed where a right kernel was not timed: an interpreter must not wipe out a measurement."""
+    if measured["speedup"] is not None or not isinstance(labelled, dict) or not labelled.get("correctness"):
+        return measured
+    known = ("speedup", "fast_1", "fast_2", *_SPEED, *_INTERVAL, "launch_bound")
+    return {**measured, **{name: labelled[name] for name in known if name in labelled}}
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _line(verdict: Verdict, kernel: Judgeable, settings: JudgeSettings) -> dict[str, Any]:
+    record = kernel.record
+    place: dict[str, Any] = {"file": record.file, "position": record.position}
+    if kernel.turn is not None:
+        place["turn"] = kernel.turn
+    judge = {"judge_version": JUDGE_VERSION, "settings": asdict(settings)}
+    return {"sample_key": record.value.get("sample_key"), **place, **judge, **verdict.to_dict()}
+
+
+def _resume(out: Path, settings: JudgeSettings) -> dict[str, Verdict]:
     """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of
     anything else is not touched.
     """
@@ -184,22 +298,28 @@ def _resume(out: Path) -> dict[str, Verdict]:
         return {}
     data = out.read_bytes()
     *lines, rest = data.split(b"\n")
-    verdicts = [_verdict_of(line, f"{out}, line {number}") for number, line in enumerate(lines, 1)]
+    whole = [*lines, rest] if rest and not _is_cut_off(rest) else lines
+    verdicts = [_verdict_of(line, f"{out}, line {number}", settings) for number, line in enumerate(whole, 1)]
     if rest:
-        if not _is_cut_off(rest):
-            verdicts.append(_verdict_of(rest, f"{out}, line {len(lines) + 1}"))
-            atomic_write_bytes(out, data + b"\n")
-        else:
-            atomic_write_bytes(out, data[: -len(rest)])
+        atomic_write_bytes(out, data + b"\n" if len(whole) > len(lines) else data[: -len(rest)])
     return {verdict.key: verdict for verdict in verdicts}
 
 
-def _verdict_of(line: bytes, place: str) -> Verdict:
+def _verdict_of(line: bytes, place: str, settings: JudgeSettings) -> Verdict:
     try:
         fields = json.loads(line)
-        return Verdict.from_dict({k: v for k, v in fields.items() if k not in ("sample_key", "file", "position")})
+        verdict = Verdict.from_dict({k: v for k, v in fields.items() if k not in _OURS})
+        theirs = {"judge_version": fields.get("judge_version", "unknown"), **fields.get("settings", {})}
     except (ValueError, TypeError, AttributeError) as error:
         raise PipelineError(f"{place}: not a verdict of this command ({error}). Give --out another name.") from error
+    ours = {"judge_version": JUDGE_VERSION, **asdict(settings)}
+    if differing := [name for name in ours if ours[name] != theirs.get(name, ours[name])]:
+        was, now = (", ".join(f"{name} {side[name]}" for name in differing) for side in (theirs, ours))
+        raise PipelineError(
+            f"{place}: judged with {was}; this run judges with {now}. Verdicts of both in one file could not be told "
+            "apart: give --out another name, or judge as before."
+        )
+    return verdict
 
 
 def _is_cut_off(line: bytes) -> bool:

@@ -99,19 +99,43 @@ class JudgeResource(dg.ConfigurableResource):
     workers: int | None = Field(
         default=None, description="Kernels judged beside each other; null: by the number of cores."
     )
+    timeout_s: float | None = Field(
+        default=None,
+        description="Seconds one kernel may take, compilation included; null: evaluation.judge_timeout_s.",
+    )
+    trials: int | None = Field(
+        default=None,
+        description="Draws of inputs on which a kernel has to agree with its reference; null: evaluation.judge_trials.",
+    )
+    timing: bool | None = Field(
+        default=None, description="Measure speedups where the device allows it; null: evaluation.timing."
+    )
+    compile_baseline: bool | None = Field(
+        default=None, description="Measure against torch.compile too; null: evaluation.compile_baseline."
+    )
 
     @contextmanager
     def open(self, config: Config) -> Iterator[KernelJudge]:
-        """A judge with the limits of `config.evaluation`; none of its processes outlives the block."""
+        """A judge with the settings of `config.evaluation` where this resource has none of its own; none of its
+        processes outlives the block.
+
+        Raises:
+            PipelineError: a setting out of range, or no GPU where "cuda" was asked for.
+        """
         from triton_sft_pipeline.verification import KernelJudge
 
-        limits = config.evaluation
+        settings = config.evaluation
+        configured: dict[str, Any] = {
+            "timeout_s": settings.judge_timeout_s,
+            "trials": settings.judge_trials,
+            "timing": settings.timing,
+            "compile_baseline": settings.compile_baseline,
+        }
+        own = {name: value for name in configured if (value := getattr(self, name)) is not None}
         with KernelJudge(
-            device=self.device or limits.judge_device,
+            device=self.device or settings.judge_device,
             workers=self.workers,
-            timeout_s=limits.judge_timeout_s,
-            trials=limits.judge_trials,
-            timing=limits.timing,
+            **configured | own,
         ) as judge:
             yield judge
 

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from triton_sft_pipeline import cli
 from triton_sft_pipeline.config import data_dir
+from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
 from triton_sft_pipeline_tests.traces.records import labelled, record, write_array
 
 
@@ -287,3 +288,141 @@ def test_a_dataset_is_built_from_a_filtered_directory(run: Run, traces: Path, tm
         "dataset.over_budget=fail",
     )
     assert done.code == 2 and "Raise training.max_length" in one_message(done) and not Path("small").exists()
+
+
+class WordJudge:
+    """Stands in for the judge: a kernel that says `wrong` is wrong, every other is right. Keeps how it was made and
+    what it was asked; interrupted after `dies_after` verdicts.
+    """
+
+    made: list[WordJudge]
+    dies_after: int | None
+    backend: str
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.asked = arguments, 0
+        self.made.append(self)
+
+    def __enter__(self) -> WordJudge:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def verify_many(self, items: Iterable[JudgeItem]) -> Iterator[Verdict]:
+        for item in items:
+            if self.asked == self.dies_after:
+                raise KeyboardInterrupt
+            self.asked += 1
+            right = "wrong" not in (item.triton_code or "")
+            name = "verified" if right else "incorrect_shape"
+            found = Verdict(
+                item.key, name, right, right, detail="Compared.", backend=self.backend, isolation="namespaces"
+            )
+            yield found
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> type[WordJudge]:
+    """The class that `verify` makes its judge from."""
+
+    class Judge(WordJudge):
+        made, dies_after, backend = [], None, "interpreter"
+
+    monkeypatch.setattr("triton_sft_pipeline.verification.KernelJudge", Judge)
+    return Judge
+
+
+def test_verify_judges_every_record_and_says_what_does_not_hold(
+    run: Run, judge: type[WordJudge], tmp_path: Path
+) -> None:
+    records = [record(1), record(2, triton_code="wrong"), labelled(3, correctness=False), record(4, result=None)]
+    done = run("verify", write_array(tmp_path / "t.json", records), "--out", "v.jsonl")
+    assert done.code == 0 and done.err == ""
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "1 of 3 labels hold." in lines
+    assert [line.split()[:3] for line in lines if line.startswith("sample_")] == [
+        ["sample_2", "correct", "incorrect_shape"],
+        ["sample_3", "incorrect", "verified"],
+    ]
+    assert "isolation  namespaces" in lines and lines[-1] == "verdicts   v.jsonl"
+    assert len(Path("v.jsonl").read_text().splitlines()) == 4
+
+
+def test_verify_hands_its_options_to_the_judge(run: Run, judge: type[WordJudge], traces: Path) -> None:
+    options = "--device cpu --workers 3 --timeout 7.5 --trials 2 --no-timing --compile-baseline"
+    assert (
+        run("verify", traces, "--out", "a.jsonl").code
+        == run("verify", traces, "--out", "b", *options.split()).code
+        == 0
+    )
+    assert judge.made[0].arguments == {
+        "device": "auto",
+        "workers": None,
+        "timeout_s": 60.0,
+        "trials": 5,
+        "timing": True,
+        "compile_baseline": False,
+    }
+    assert judge.made[1].arguments == {
+        "device": "cpu",
+        "workers": 3,
+        "timeout_s": 7.5,
+        "trials": 2,
+        "timing": False,
+        "compile_baseline": True,
+    }
+
+
+def test_verify_goes_on_where_it_was_interrupted(run: Run, judge: type[WordJudge], traces: Path) -> None:
+    judge.dies_after = 5
+    assert run("verify", traces, "--out", "v.jsonl").code == 130
+    assert len(Path("v.jsonl").read_text().splitlines()) == 5
+    judge.dies_after = None
+    done = run("verify", traces, "--out", "v.jsonl")
+    assert done.code == 0 and judge.made[1].asked == 13 - 5 and ", 5 judged earlier" in done.out
+    assert len({json.loads(line)["key"] for line in Path("v.jsonl").read_text().splitlines()}) == 13
+
+
+@pytest.mark.parametrize(
+    ("backend", "option", "code"),
+    [
+        ("interpreter", ["--trials", "3"], 2),
+        ("interpreter", ["--no-timing"], 0),
+        ("cuda", ["--no-timing"], 2),
+        ("cuda", ["--timeout", "10"], 0),
+    ],
+)
+def test_verify_refuses_to_go_on_with_other_settings_where_they_matter(
+    run: Run, judge: type[WordJudge], traces: Path, backend: str, option: list[str], code: int
+) -> None:
+    judge.backend = backend
+    assert run("verify", traces, "--out", "v.jsonl").code == 0
+    done = run("verify", traces, "--out", "v.jsonl", *option)
+    assert done.code == code
+    if code:
+        assert "give --out another name" in one_message(done)
+    assert judge.made[1].asked == 0
+
+
+def test_verify_exits_1_when_a_record_got_no_verdict_and_judges_the_others(
+    run: Run, judge: type[WordJudge], tmp_path: Path
+) -> None:
+    path = write_array(tmp_path / "t.json", [record(1), {"sample_key": "no code"}, record(2)])
+    done = run("verify", path, "--out", "v.jsonl", "--relabel", "new.json")
+    assert done.code == 1
+    assert done.err.splitlines() == [
+        f"not judged: {path}, record 1: pytorch_code is missing or no text",
+        "triton-sft: 1 could not be judged; they are named above.",
+    ]
+    assert len(Path("v.jsonl").read_text().splitlines()) == 2 and len(json.loads(Path("new.json").read_text())) == 3
+
+
+def test_verify_relabels_in_the_original_schema(run: Run, judge: type[WordJudge], tmp_path: Path) -> None:
+    path = write_array(tmp_path / "t.json", [record(1, triton_code="wrong"), record(2, result=None)])
+    done = run("verify", path, "--out", "v.jsonl", "--relabel", "new.json")
+    assert done.code == 0 and done.out.splitlines()[-1] == "relabelled new.json"
+    new = json.loads(Path("new.json").read_text())
+    assert new[0]["result"]["correctness"] is False and new[0]["result"]["error"] == "incorrect_shape: Compared."
+    assert new[1]["result"] is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +11,8 @@ import pytest
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.labels import (
-    UNMEASURED,
     Judgeable,
+    JudgeSettings,
     Refused,
     judge_records,
     read_judgeable,
@@ -20,7 +20,8 @@ from triton_sft_pipeline.labels import (
     result_of,
     write_relabelled,
 )
-from triton_sft_pipeline.verification import VERDICTS, JudgeItem, KernelJudge, Verdict
+from triton_sft_pipeline.verification import JUDGE_VERSION, JudgeItem, KernelJudge, Verdict
+from triton_sft_pipeline.verification.verdict import UNJUDGED
 from triton_sft_pipeline_tests.traces.records import labelled, record, write_array, write_lines
 
 
@@ -40,8 +41,17 @@ class RecordingJudge:
             yield Verdict(key=item.key, **self.verdict)
 
 
-def as_judge(judge: RecordingJudge) -> KernelJudge:
-    return cast(KernelJudge, judge)
+SETTINGS = JudgeSettings("cuda")
+
+
+def judged(
+    records: list[Judgeable],
+    judge: RecordingJudge,
+    out: Path,
+    settings: JudgeSettings = SETTINGS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Verdict]:
+    return judge_records(records, cast(KernelJudge, judge), out, settings, progress).verdicts
 
 
 def both(places: list[Path]) -> tuple[list[Judgeable], list[str]]:
@@ -65,8 +75,9 @@ def test_every_record_with_code_can_be_judged_and_the_rest_is_told(tmp_path: Pat
     found, refused = both([path])
     assert [f.record.position for f in found] == [0, 2, 3]
     assert found[1].item.triton_code == "" and found[0].item.pytorch_code == record(1)["pytorch_code"]
-    said = "pytorch_code is missing or no text, or triton_code is no text"
-    assert refused[:3] == [f"{path}, record {n}: {said}" for n in (1, 4, 5)]
+    missing = "pytorch_code is missing or no text"
+    said = {1: missing, 4: missing, 5: "triton_code is no text"}
+    assert refused[:3] == [f"{path}, record {n}: {why}" for n, why in said.items()]
     assert refused[3].startswith(f"{path}: breaks off at byte") and len(refused) == 4
 
 
@@ -81,15 +92,16 @@ def test_a_verdict_is_on_disk_the_moment_it_is_decided(tmp_path: Path) -> None:
     found, _ = both([write_array(tmp_path / "t.json", [record(n) for n in range(3)])])
     out = tmp_path / "deep" / "v.jsonl"
     seen: list[tuple[int, int, int]] = []
-    verdicts = judge_records(
+    verdicts = judged(
         found,
-        as_judge(RecordingJudge()),
+        RecordingJudge(),
         out,
         progress=lambda done, total: seen.append((done, total, len(out.read_text().splitlines()))),
     )
-    assert seen == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
+    assert seen == [(0, 3, 0), (1, 3, 1), (2, 3, 2), (3, 3, 3)]
     assert list(verdicts) == [f.identity for f in found]
     line = json.loads(out.read_text().splitlines()[0])
+    assert line["judge_version"] == JUDGE_VERSION and "turn" not in line
     assert (line["sample_key"], line["position"], line["file"]) == ("sample_2", 2, str(tmp_path / "t.json"))
     assert (line["verdict"], line["speedup"]) == ("verified", 1.25)
 
@@ -98,27 +110,27 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     found, _ = both([write_array(tmp_path / "t.json", [record(n) for n in range(5)])])
     out = tmp_path / "v.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        judge_records(found, as_judge(RecordingJudge(dies_after=2)), out)
+        judged(found, RecordingJudge(dies_after=2), out)
     second = RecordingJudge()
     seen: list[tuple[int, int]] = []
-    verdicts = judge_records(found, as_judge(second), out, progress=lambda *counts: seen.append(counts))
+    verdicts = judged(found, second, out, progress=lambda *counts: seen.append(counts))
     assert {item.key for item in second.asked} == {f.identity for f in found[:3]}
-    assert seen == [(3, 5), (4, 5), (5, 5)]
+    assert seen == [(2, 5), (3, 5), (4, 5), (5, 5)], "first what the killed run had done"
     assert len(verdicts) == 5 == len(out.read_text().splitlines())
     third = RecordingJudge()
-    assert judge_records(found, as_judge(third), out) == verdicts and third.asked == []
+    assert judged(found, third, out) == verdicts and third.asked == []
 
 
 def test_a_last_line_that_a_kill_cut_off_at_any_byte_is_judged_again(tmp_path: Path) -> None:
     found, _ = both([write_array(tmp_path / "t.json", [record(1, sample_key="größe"), record(2)])])
     out = tmp_path / "v.jsonl"
-    whole = judge_records(found, as_judge(RecordingJudge()), out)
+    whole = judged(found, RecordingJudge(), out)
     data = out.read_bytes()
     first_line = data.index(b"\n") + 1
     for cut in range(first_line + 1, len(data)):
         out.write_bytes(data[:cut])
         judge = RecordingJudge()
-        assert judge_records(found, as_judge(judge), out) == whole, cut
+        assert judged(found, judge, out) == whole, cut
         assert len(judge.asked) == (0 if cut == len(data) - 1 else 1), cut
         assert out.read_bytes() == data, cut
 
@@ -126,16 +138,16 @@ def test_a_last_line_that_a_kill_cut_off_at_any_byte_is_judged_again(tmp_path: P
 def test_repeated_keys_are_different_records(tmp_path: Path) -> None:
     found, _ = both([write_array(tmp_path / "t.json", [record(1), record(2, sample_key="sample_1"), record(1)])])
     judge = RecordingJudge()
-    verdicts = judge_records(found, as_judge(judge), tmp_path / "v.jsonl")
+    verdicts = judged(found, judge, tmp_path / "v.jsonl")
     assert len(verdicts) == 3 == len(judge.asked)
 
 
 def test_a_record_that_was_edited_is_judged_again(tmp_path: Path) -> None:
     path = write_array(tmp_path / "t.json", [record(1), record(2)])
-    judge_records(both([path])[0], as_judge(RecordingJudge()), tmp_path / "v.jsonl")
+    judged(both([path])[0], RecordingJudge(), tmp_path / "v.jsonl")
     write_array(path, [record(1), record(2, triton_code="# edited")])
     judge = RecordingJudge()
-    judge_records(both([path])[0], as_judge(judge), tmp_path / "v.jsonl")
+    judged(both([path])[0], judge, tmp_path / "v.jsonl")
     assert [item.triton_code for item in judge.asked] == ["# edited"]
 
 
@@ -144,9 +156,9 @@ def test_odd_characters_in_names_and_sentences_survive_a_resumption(tmp_path: Pa
     path = tmp_path / "t.json"
     path.write_text(json.dumps([record(1, sample_key=text)]))
     found, _ = both([path])
-    first = judge_records(found, as_judge(RecordingJudge(detail=text)), tmp_path / "v.jsonl")
+    first = judged(found, RecordingJudge(detail=text), tmp_path / "v.jsonl")
     again = RecordingJudge()
-    assert judge_records(found, as_judge(again), tmp_path / "v.jsonl") == first and again.asked == []
+    assert judged(found, again, tmp_path / "v.jsonl") == first and again.asked == []
     write_relabelled(found, first, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())[0]["sample_key"] == text
 
@@ -161,7 +173,7 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, c
     with pytest.raises(
         PipelineError, match=r"v\.jsonl, line 1: not a verdict of this command .* Give --out another name"
     ):
-        judge_records(found, as_judge(RecordingJudge()), out)
+        judged(found, RecordingJudge(), out)
     assert out.read_text() == content
 
 
@@ -169,7 +181,7 @@ def test_the_traces_themselves_are_never_written_over(tmp_path: Path) -> None:
     path = write_array(tmp_path / "t.json", [record(1)])
     before = path.read_bytes()
     with pytest.raises(PipelineError, match="these are the traces to judge"):
-        judge_records(both([path])[0], as_judge(RecordingJudge()), tmp_path / "." / "t.json")
+        judged(both([path])[0], RecordingJudge(), tmp_path / "." / "t.json")
     assert path.read_bytes() == before
 
 
@@ -182,9 +194,16 @@ def test_relabelling_replaces_the_result_and_nothing_else(tmp_path: Path) -> Non
         {"pytorch_code": "x"},
     ]
     found, _ = both([write_array(tmp_path / "t.json", records)])
-    verdicts = judge_records(
-        found, as_judge(RecordingJudge(reference_time_ms=0.5, kernel_time_ms=0.4)), tmp_path / "v.jsonl"
-    )
+    measured = {
+        "reference_time_ms": 0.5,
+        "reference_iqr_ms": 0.02,
+        "kernel_time_ms": 0.4,
+        "speedup_low": 0.9,
+        "speedup_high": 2.12345,
+        "launch_bound": True,
+        "fast_1": False,
+    }
+    verdicts = judged(found, RecordingJudge(**measured), tmp_path / "v.jsonl")
     write_relabelled(found, verdicts, tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert written[2:] == records[2:]
@@ -198,13 +217,17 @@ def test_relabelling_replaces_the_result_and_nothing_else(tmp_path: Path) -> Non
             "fast_2": False,
             "error": None,
             "reference_time_ms": 0.5,
+            "reference_iqr_ms": 0.02,
             "kernel_time_ms": 0.4,
+            "kernel_iqr_ms": None,
+            "speedup_low": 0.9,
+            "speedup_high": 2.1235,
+            "launch_bound": True,
         }
 
 
-@pytest.mark.parametrize("verdict", sorted(UNMEASURED))
+@pytest.mark.parametrize("verdict", sorted(UNJUDGED))
 def test_a_verdict_that_says_nothing_about_the_kernel_changes_no_label(tmp_path: Path, verdict: str) -> None:
-    assert verdict in VERDICTS
     found, _ = both([write_array(tmp_path / "t.json", [record(1)])])
     verdicts = {found[0].identity: Verdict(found[0].identity, verdict, False, False)}
     assert list(relabelled(found, verdicts)) == [record(1)]
@@ -242,7 +265,7 @@ def test_relabelling_keeps_what_could_not_be_judged(tmp_path: Path) -> None:
     lost = {"sample_key": "no code", "result": None}
     everything = read_judgeable([write_array(tmp_path / "t.json", [lost, record(1)])])
     found = [item for item in everything if isinstance(item, Judgeable)]
-    verdicts = judge_records(found, as_judge(RecordingJudge()), tmp_path / "v.jsonl")
+    verdicts = judged(found, RecordingJudge(), tmp_path / "v.jsonl")
     assert next(iter(relabelled(everything, verdicts))) == lost
     assert len(list(relabelled(everything, verdicts))) == 2
 
@@ -251,7 +274,7 @@ def test_what_a_gpu_measured_outlives_a_check_without_timing(tmp_path: Path) -> 
     timed = {"correctness": True, "speedup": 1.7, "fast_0": True, "fast_1": True, "fast_2": False, "error": None}
     everything = read_judgeable([write_array(tmp_path / "t.json", [record(1, result=timed)])])
     found = [item for item in everything if isinstance(item, Judgeable)]
-    verdicts = judge_records(found, as_judge(RecordingJudge(speedup=None)), tmp_path / "v.jsonl")
+    verdicts = judged(found, RecordingJudge(speedup=None), tmp_path / "v.jsonl")
     (new,) = relabelled(everything, verdicts)
     assert (new["result"]["speedup"], new["result"]["fast_1"]) == (1.7, True)
 
@@ -260,3 +283,150 @@ def test_relabelling_never_writes_over_the_traces(tmp_path: Path) -> None:
     everything = read_judgeable([write_array(tmp_path / "t.json", [record(1)])])
     with pytest.raises(PipelineError, match="Give --relabel another name"):
         write_relabelled(everything, {}, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (JudgeSettings("interpreter"), "judged with backend cuda; this run judges with backend interpreter"),
+        (JudgeSettings("cuda", trials=3), "judged with trials 5; this run judges with trials 3"),
+        (JudgeSettings("cuda", timing=False), "judged with timing True; this run judges with timing False"),
+        (
+            JudgeSettings("cuda", trials=2, compile_baseline=True),
+            "judged with trials 5, compile_baseline False; this run judges with trials 2, compile_baseline True",
+        ),
+    ],
+)
+def test_verdicts_of_other_settings_are_not_mixed(tmp_path: Path, other: JudgeSettings, said: str) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [record(1), record(2)])])
+    out = tmp_path / "v.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        judged(found, RecordingJudge(dies_after=1), out)
+    before = out.read_bytes()
+    with pytest.raises(PipelineError, match=rf"v\.jsonl, line 1: {said}.* give --out another name") as refusal:
+        judged(found, RecordingJudge(), out, other)
+    assert refusal.value.exit_code == 2 and out.read_bytes() == before
+    assert len(judged(found, RecordingJudge(), out)) == 2
+
+
+@pytest.mark.parametrize("version", ["plain-2", None])
+def test_verdicts_of_another_judge_are_not_mixed(tmp_path: Path, version: str | None) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [record(1)])])
+    out = tmp_path / "v.jsonl"
+    judged(found, RecordingJudge(), out)
+    line = json.loads(out.read_text())
+    del line["judge_version"], line["settings"]
+    out.write_text(json.dumps(line | ({"judge_version": version} if version else {})) + "\n")
+    said = f"judged with judge_version {version or 'unknown'}; this run judges with judge_version {JUDGE_VERSION}"
+    with pytest.raises(PipelineError, match=said):
+        judged(found, RecordingJudge(), out)
+
+
+def conversation(number: int, codes: list[str | None], final: str | None, **changes: Any) -> dict[str, Any]:
+    wrong = {"correctness": False, "error": "old"}
+    plain = record(number, triton_code=..., result=...)
+    turns = [{"turn": n, "triton_code": code, "result": dict(wrong)} for n, code in enumerate(codes, 1)]
+    return {**plain, "final_triton_code": final, "final_result": dict(wrong), "turns": turns, **changes}
+
+
+def test_every_turn_with_code_is_judged(tmp_path: Path) -> None:
+    found, _ = both(
+        [
+            write_array(
+                tmp_path / "t.json",
+                [
+                    conversation(1, ["a = 1", None, " ", "a = 2"], "a = 2"),
+                    conversation(2, ["a = 1"], "a = 3"),
+                    conversation(3, [None], None),
+                    conversation(4, [], "a = 4", turns=None),
+                ],
+            )
+        ]
+    )
+    assert [(k.record.position, k.turn, k.code) for k in found] == [
+        (0, 1, "a = 1"),
+        (0, 4, "a = 2"),
+        (1, 1, "a = 1"),
+        (1, None, "a = 3"),
+        (2, None, ""),
+        (3, None, "a = 4"),
+    ]
+    assert found[1].name == "sample_1 turn 4" and found[3].name == "sample_2"
+    out = tmp_path / "v.jsonl"
+    judged(found, RecordingJudge(), out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted((line["position"], line.get("turn", 0)) for line in lines) == [
+        (0, 1),
+        (0, 4),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (3, 0),
+    ]
+    again = RecordingJudge()
+    assert len(judged(found, again, out)) == 6 and again.asked == []
+
+
+def test_turns_with_the_same_code_are_different_kernels(tmp_path: Path) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [conversation(1, ["a = 1", "a = 1"], "a = 1")])])
+    assert len(judged(found, RecordingJudge(), tmp_path / "v.jsonl")) == 2
+
+
+@pytest.mark.parametrize("turns", [5, [5], [{"triton_code": 5}]])
+def test_turns_that_are_none_are_told(tmp_path: Path, turns: Any) -> None:
+    found, refused = both([write_array(tmp_path / "t.json", [conversation(1, [], None, turns=turns)])])
+    assert found == [] and "record 0: t" in refused[0]
+
+
+def test_relabelling_replaces_the_result_of_each_turn_and_the_final_one(tmp_path: Path) -> None:
+    old = conversation(1, ["a = 1", "a = 2", None], "a = 2")
+    del old["turns"][0]["result"]
+    found, _ = both([write_array(tmp_path / "t.json", [old, conversation(2, ["a = 1"], "a = 9")])])
+    verdicts = {k.identity: Verdict(k.identity, "verified", True, True, speedup=3.0) for k in found[:2]}
+    verdicts |= {found[2].identity: Verdict("", "crash", False, False, detail="It died.")}
+    verdicts |= {found[3].identity: Verdict("", "infra_error", False, False)}
+    first, second = relabelled([*found], verdicts)
+    assert list(first) == list(old)
+    assert [turn.get("result", {}).get("correctness") for turn in first["turns"]] == [None, True, False]
+    assert first["turns"][1]["result"] == first["final_result"] and first["final_result"]["fast_2"] is True
+    assert first["turns"][2] == old["turns"][2]
+    assert second["turns"][0]["result"]["error"] == "crash: It died."
+    assert second["final_result"] == {"correctness": False, "error": "old"}, "nothing is known of the final kernel"
+
+
+def test_labels_are_read_where_they_are_and_a_missing_one_is_none(tmp_path: Path) -> None:
+    talk = conversation(6, ["a = 1", "a = 2"], "a = 3", final_result={"correctness": True})
+    talk["turns"][1]["result"] = None
+    records = [
+        labelled(1, correctness=False),
+        labelled(2, correctness=...),
+        labelled(3, correctness="yes"),
+        record(4, result=None),
+        record(5, result=...),
+        talk,
+    ]
+    found, _ = both([write_array(tmp_path / "t.json", records)])
+    assert [kernel.label for kernel in found] == [False, None, None, None, None, False, None, True]
+
+
+def test_a_timeout_of_the_interpreter_changes_no_label_and_one_of_a_gpu_does(tmp_path: Path) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [record(1)])])
+
+    def result(backend: str) -> Any:
+        verdict = Verdict(found[0].identity, "timeout", False, False, backend=backend)
+        return next(relabelled([*found], {verdict.key: verdict}))["result"]
+
+    assert result("interpreter") == record(1)["result"]
+    assert result("cuda")["correctness"] is False
+
+
+def test_a_hybrid_kernel_is_labelled_correct() -> None:
+    result = result_of(Verdict("k", "verified_hybrid", True, True, speedup=2.5))
+    assert (result["correctness"], result["fast_0"], result["fast_2"], result["error"]) == (True, True, True, None)
+
+
+def test_the_same_file_given_twice_is_judged_once(tmp_path: Path) -> None:
+    path = write_array(tmp_path / "t.json", [record(1), record(2)])
+    found, _ = both([path, path])
+    judge = RecordingJudge()
+    assert len(judged(found, judge, tmp_path / "v.jsonl")) == 2 == len(judge.asked)

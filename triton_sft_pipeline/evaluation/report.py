@@ -208,13 +208,28 @@ def _paired(comparison: Mapping[str, Any]) -> str:
 def _answer_facts(answer: Mapping[str, Any]) -> str:
     facts = [f"{answer['tokens']} tokens" + (", cut at the limit" if answer["stopped"] == "length" else "")]
     if answer["speedup"] is not None:
-        facts.append(f"{answer['speedup']:.2f}x")
+        facts.append(_speed(answer))
     if answer["kernel_time_ms"] is not None and answer["reference_time_ms"] is not None:
         facts.append(f"{answer['kernel_time_ms']:.4g} ms against {answer['reference_time_ms']:.4g} ms")
+    if answer["torch_share"]:
+        facts.append(f"{answer['torch_share']:.2f} of the work by PyTorch")
     if len(answer["all_verdicts"]) > 1:
-        correct = sum(verdict_kind(verdict) == "verified" for verdict in answer["all_verdicts"])
-        facts.append(f"{correct} of {len(answer['all_verdicts'])} answers verified")
+        facts.append(f"{answer['correct_answers']} of {len(answer['all_verdicts'])} answers verified")
     return " · ".join(facts)
+
+
+def _speed(answer: Mapping[str, Any]) -> str:
+    """The speedup with its interval, and beside it what it has to be read with."""
+    parts = [f"{answer['speedup']:.2f}x"]
+    if answer["speedup_low"] is not None and answer["speedup_high"] is not None:
+        parts[0] += f" [{answer['speedup_low']:.2f}, {answer['speedup_high']:.2f}]"
+    if answer["launch_bound"]:
+        parts.append("bound by launches")
+    if answer["graph_speedup"] is not None:
+        parts.append(f"{answer['graph_speedup']:.2f}x as CUDA graphs")
+    if answer["compile_speedup"] is not None:
+        parts.append(f"{answer['compile_speedup']:.2f}x against torch.compile")
+    return ", ".join(parts)
 
 
 def _clip(text: str) -> str:

@@ -1,7 +1,7 @@
 """Counting verdicts: shares with intervals, and base against tuned on the same problems. Pure functions.
 
 Knows nothing of models, files or reports, and of a verdict only its name, whether it is correct, and whether it was
-faster. No share leaves this module without the number of answers it was taken from and an interval.
+surely faster. No share leaves this module without the number of answers it was taken from and an interval.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from math import comb, sqrt
 from typing import Any, Protocol
 
+from triton_sft_pipeline.verification.verdict import CORRECT, UNJUDGED
+
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 UNPARSED = "unparsed"
-UNJUDGED = frozenset({"reference_error", "degenerate_task", "unsupported_on_cpu", "infra_error"})
-"""Verdicts that say something about the problem or the machine, nothing about the kernel."""
-
 NO_ANSWER = frozenset({UNPARSED, "no_code"})
 """Verdicts on answers that hold no code."""
 
@@ -45,12 +44,14 @@ class Judged(Protocol):
 
 
 VERDICT_KINDS = ("verified", "wrong", "failed", "refused", "unparsed", "unjudged")
-"""Kinds of verdicts, in the order of a legend. Refused: the code cheated or broke a rule of the judge."""
+"""Kinds of verdicts, in the order of a legend. Verified: right, a hybrid with PyTorch included. Refused: the code
+cheated or broke a rule of the judge.
+"""
 
 
 def verdict_kind(verdict: str) -> str:
     """Which of VERDICT_KINDS a verdict is."""
-    if verdict.startswith("verified"):
+    if verdict in CORRECT:
         return "verified"
     if verdict.startswith("incorrect"):
         return "wrong"
@@ -101,7 +102,8 @@ def score(verdicts: Sequence[Judged], *, timed: bool) -> dict[str, Any]:
         verified_rate, verified_interval: as a share of n, with its 95 % Wilson interval; None for n = 0.
         compiled: share of the judged answers whose kernel got as far as running. Its n leaves out what could not be
             judged.
-        fast_0, fast_1, fast_2: shares of n: correct; correct and faster; correct and at least twice as fast.
+        fast_0, fast_1, fast_2: shares of n: correct; correct and faster; correct and at least twice as fast. Faster is
+            what the whole interval of the speedup says, not its point estimate alone.
         unjudged: answers that nothing is known about because the problem or the machine failed. They stay in n: leaving
             them out would flatter.
         verdicts: verdict -> count, the most frequent first.

@@ -29,6 +29,9 @@ class EvaluationSettings(BaseModel):
         "auto", description="cpu is Triton's interpreter, which knows no speed; auto takes a GPU where there is one."
     )
     timing: bool = Field(True, description="Measure speedups where the device allows it.")
+    compile_baseline: bool = Field(
+        False, description="Measure the speedup against torch.compile too; it takes seconds a problem."
+    )
 
     @property
     def greedy(self) -> bool:

@@ -23,6 +23,10 @@ MODELS = ("base", "tuned")
 SPLITS = ("seen", "test", "held_out")
 """In the order of a report. They are never added up: each answers another question."""
 
+_SPEED = (
+    *("speedup", "speedup_low", "speedup_high", "compile_speedup", "graph_speedup", "launch_bound"),
+    *("reference_time_ms", "reference_iqr_ms", "kernel_time_ms", "kernel_iqr_ms"),
+)
 _SPLIT_NAMES = {"seen": "seen", "test": "test", "held_out": "held-out"}
 
 
@@ -134,8 +138,9 @@ def _problem_rows(judged: Sequence[JudgedAnswer]) -> list[dict[str, Any]]:
             },
         )
         if j.model not in row:
-            row[j.model] = _answer_row(j) | {"all_verdicts": []}
+            row[j.model] = _answer_row(j) | {"all_verdicts": [], "correct_answers": 0}
         row[j.model]["all_verdicts"].append(j.verdict.verdict)
+        row[j.model]["correct_answers"] += j.verdict.correctness
     return list(rows.values())
 
 
@@ -145,9 +150,8 @@ def _answer_row(judged: JudgedAnswer) -> dict[str, Any]:
         "verdict": verdict.verdict,
         "correctness": verdict.correctness,
         "detail": verdict.detail,
-        "speedup": verdict.speedup,
-        "reference_time_ms": verdict.reference_time_ms,
-        "kernel_time_ms": verdict.kernel_time_ms,
+        **{name: getattr(verdict, name) for name in _SPEED},
+        "torch_share": verdict.torch_share,
         "code": judged.answer.code,
         "answer": judged.completion.text,
         "tokens": judged.completion.tokens,
@@ -178,6 +182,7 @@ def _judge_facts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "device": named(v.device for v in asked),
         "backend": named(v.backend for v in asked),
         "isolation": named(v.isolation for v in asked),
+        "trials": max((v.trials for v in asked), default=None),
         "kernels": len(asked),
         "seconds": round(sum(v.wall_s for v in asked), 3),
         "versions": {name: version for v in asked for name, version in sorted(v.versions.items())},
@@ -201,7 +206,16 @@ def _notes(judged: Sequence[JudgedAnswer], models: Sequence[str], settings: Eval
         notes.append("No adapter was given: this is the base model alone.")
     if settings.samples > 1:
         notes.append(f"Each problem was answered {settings.samples} times; the scores count the first answer.")
-    return [*notes, *_cut_notes(judged, models, settings), *_unjudged_notes(judged)]
+    return [*notes, *_hybrid_notes(judged), *_cut_notes(judged, models, settings), *_unjudged_notes(judged)]
+
+
+def _hybrid_notes(judged: Sequence[JudgedAnswer]) -> Iterator[str]:
+    first = [j.verdict for j in judged if j.completion.sample == 0 and j.verdict.correctness]
+    if hybrid := sum(verdict.verdict == "verified_hybrid" for verdict in first):
+        yield (
+            f"{hybrid} of the {len(first)} verified kernels are hybrid: PyTorch operators did the lesser part of their "
+            "work. They count as verified."
+        )
 
 
 def _cut_notes(judged: Sequence[JudgedAnswer], models: Sequence[str], settings: EvaluationSettings) -> Iterator[str]:

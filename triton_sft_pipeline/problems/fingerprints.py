@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 from triton_sft_pipeline.files import hash_json, sha256_bytes
-from triton_sft_pipeline.problems.loading import Problem
+from triton_sft_pipeline.problems.loading import Problem, parse_module
 
 # What the module is called with, and nothing of what it computes.
 _INPUT_FUNCTIONS = frozenset({"get_inputs", "get_init_inputs"})
@@ -27,7 +27,7 @@ def fingerprint(pytorch_code: str) -> str:
     as `batch_size`). Text that does not parse is hashed with its white space collapsed.
     """
     try:
-        tree = ast.parse(pytorch_code)
+        tree = parse_module(pytorch_code)
         normal_form = _outline(_Normaliser(tree).visit(_without_inputs(tree)))
     # The parser raises MemoryError, and what walks its tree RecursionError, for expressions that are nested too deep.
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _read_text(file: Path) -> str:
 def _check_runnable(code: str, place: str) -> None:
     """Refuse code that cannot be a problem, judged by its syntax tree alone."""
     try:
-        tree = ast.parse(code)
+        tree = parse_module(code)
     # ValueError: a null byte; the last two: an expression nested too deep.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise PipelineError(f"{place}: the PyTorch code is not valid Python ({error}).") from error
@@ -147,6 +148,19 @@ def _check_runnable(code: str, place: str) -> None:
         )
     if "get_inputs" not in _top_level_names(tree):
         raise PipelineError(f"{place}: no get_inputs(); a problem defines the inputs that the module is called with.")
+
+
+def parse_module(code: str) -> ast.Module:
+    """The syntax tree of a problem. What Python thinks of its style (`"\\d"` in a plain string) is nobody's business.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: as `ast.parse`.
+    """
+    with warnings.catch_warnings():
+        # Python 3.11 calls it a DeprecationWarning.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return ast.parse(code)
 
 
 def module_classes(tree: ast.Module) -> list[str]:

@@ -1,183 +1,308 @@
-"""Compares a kernel's outputs with the reference's. Runs in a trusted process that has executed neither.
+"""Compares a kernel's outputs with the reference's, both as they came over the wire. Knows nothing of torch.
 
 Tolerances are absolute and relative at once, |actual - expected| <= tolerance + tolerance * |expected|. Those of
 float32, float16 and bfloat16 are KernelBench's (its `get_tolerance_for_precision`: 1e-4, 1e-2 and 1e-2). float64 gets
-1e-6. Integers and booleans must be equal.
+1e-6. Integers and booleans must be equal. The 8-bit and 4-bit floats, where one step is 6 % of a value or more, must be
+equal or neighbours. Equal infinities match; an infinity and a number do not, whatever the tolerance.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+import functools
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
-from triton_sft_pipeline.verification.values import tensors_in
 from triton_sft_pipeline.verification.verdict import Finding
+from triton_sft_pipeline.verification.wire import Array, Value
 
-TASK = "task.json"
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 TOLERANCES = {
     "float64": 1e-6,
     "float32": 1e-4,
     "float16": 1e-2,
     "bfloat16": 1e-2,
+    "complex32": 1e-2,
     "complex64": 1e-4,
     "complex128": 1e-6,
 }
-# For formats that KernelBench does not know, such as the 8-bit floats.
-_DEFAULT_TOLERANCE = 1e-2
-# Elements compared at a time: bounds the memory that the masks and differences take.
-_BLOCK = 1 << 24
+# How numpy reads an element. What it has no type for, it reads as an unsigned integer: the code.
+_STORED = {
+    "bool": "u1",
+    "uint8": "u1",
+    "int8": "i1",
+    "uint16": "<u2",
+    "int16": "<i2",
+    "uint32": "<u4",
+    "int32": "<i4",
+    "uint64": "<u8",
+    "int64": "<i8",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float32": "<f4",
+    "float64": "<f8",
+    "complex32": "<u4",
+    "complex64": "<c8",
+    "complex128": "<c16",
+}
+# The parts that one element of these is compared by.
+_PARTS = {"complex32": "<f2", "complex64": "<f4", "complex128": "<f8"}
+# Bits of the exponent, bits of the mantissa, and the exponent's bias.
+_SMALL_FLOATS: dict[str, tuple[int, int, int]] = {
+    "float8_e4m3fn": (4, 3, 7),
+    "float8_e4m3fnuz": (4, 3, 8),
+    "float8_e5m2": (5, 2, 15),
+    "float8_e5m2fnuz": (5, 2, 16),
+    "float8_e8m0fnu": (8, 0, 127),
+    "float4_e2m1fn_x2": (2, 1, 1),
+}
+# Elements compared at a time: bounds the memory that masks and differences take, and keeps them in the cache.
+_BLOCK = 1 << 17
+# The longest excerpt of a kernel's own text in a sentence.
+_EXCERPT = 200
 
 
-def run_compare(folder: Path) -> dict[str, Any]:
-    """Compare as `task.json` in `folder` says, which names the three files. Returns {"verdict", "detail"}."""
-    task = json.loads((folder / TASK).read_text(encoding="utf-8"))
-    finding = judge_outputs(Path(task["inputs"]), Path(task["expected"]), Path(task["outputs"]))
-    return {"verdict": finding.verdict, "detail": finding.detail}
-
-
-def judge_outputs(inputs_file: Path, expected_file: Path, outputs_file: Path) -> Finding:
-    """Compare the outputs of every trial, and what the kernel did to its inputs.
+def compare(expected: Value, actual: Value, slack: Sequence[float] = (), place: str = "the output") -> Finding | None:
+    """The first difference between two values, or None. A list and a tuple have become the same structure.
 
     Args:
-        inputs_file: list with the inputs of each trial.
-        expected_file: list with {"output", "inputs"} of each trial, as the reference made and left them.
-        outputs_file: the same from the kernel's process: not trusted.
+        expected: the reference's value, which is trusted.
+        actual: the kernel's value, as `wire.receive` returned it.
+        slack: an extra absolute tolerance of each array in `expected`, depth first; 0 where there is none, or where it
+            is negative or not finite.
+        place: what the sentence calls the value.
     """
-    import torch
-
-    try:
-        answers = torch.load(outputs_file, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        return Finding("early_exit", "The kernel's process ended without writing its outputs.")
-    # The file was written by a process that ran untrusted code: any kind of damage means the same.
-    except Exception as error:
-        return Finding("forged_result", f"The kernel's outputs cannot be read: {_first_line(error)}.")
-    drawn = torch.load(inputs_file, weights_only=True)
-    expected = torch.load(expected_file, weights_only=True)
-    if not _is_answer(answers, len(expected)):
-        return Finding("forged_result", "The kernel's process left something else than its outputs.")
-    for trial, (wanted, answer) in enumerate(zip(expected, answers, strict=True), start=1):
-        problem = compare(wanted["output"], answer["output"])
-        if problem:
-            return Finding(problem.verdict, f"Trial {trial} of {len(expected)}: {problem.detail}")
-    for before, wanted, answer in zip(drawn, expected, answers, strict=True):
-        # An in-place reference leaves its inputs changed; the kernel may do the same, but need not.
-        if not _identical(before, answer["inputs"]) and compare(wanted["inputs"], answer["inputs"]):
-            return Finding("input_mutated", "The kernel writes to an input that the reference leaves alone.")
-    return Finding("verified", f"The outputs match the reference's in {len(expected)} trials.")
+    return _compare(expected, actual, chain(slack, repeat(0.0)), place)
 
 
-def compare(expected: Any, actual: Any, place: str = "the output") -> Finding | None:
-    """The first difference between two plain values, or None. A list and a tuple count as the same structure."""
+def is_near_constant(values: Sequence[Value]) -> bool:
+    """Whether all values agree with the first within the tolerance: outputs that do not depend on the inputs.
+
+    Fewer than two values show nothing: False.
+    """
+    return len(values) > 1 and all(compare(values[0], value) is None for value in values[1:])
+
+
+def _compare(expected: Value, actual: Value, slacks: Iterator[float], place: str) -> Finding | None:
     if isinstance(expected, tuple) or isinstance(actual, tuple):
         if not isinstance(expected, tuple) or not isinstance(actual, tuple) or len(expected) != len(actual):
-            return Finding("incorrect_structure", f"{place} is {_kind(actual)}, expected {_kind(expected)}.")
+            return _structure(expected, actual, place)
         pairs = [(f"{place}[{i}]", e, a) for i, (e, a) in enumerate(zip(expected, actual, strict=True))]
     elif isinstance(expected, dict) or isinstance(actual, dict):
         if not isinstance(expected, dict) or not isinstance(actual, dict) or expected.keys() != actual.keys():
-            return Finding("incorrect_structure", f"{place} is {_kind(actual)}, expected {_kind(expected)}.")
+            return _structure(expected, actual, place)
         pairs = [(f"{place}[{key!r}]", expected[key], actual[key]) for key in expected]
     else:
-        return _compare_leaves(expected, actual, place)
-    return next((found for name, e, a in pairs if (found := compare(e, a, name))), None)
+        return _compare_leaves(expected, actual, slacks, place)
+    return next((found for name, e, a in pairs if (found := _compare(e, a, slacks, name))), None)
 
 
-def _compare_leaves(expected: Any, actual: Any, place: str) -> Finding | None:
-    import torch
-
-    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
-        return _compare_tensors(expected, actual, place)
+def _compare_leaves(expected: Value, actual: Value, slacks: Iterator[float], place: str) -> Finding | None:
+    if isinstance(expected, Array):
+        slack = next(slacks)
+        return _compare_arrays(expected, actual, slack, place)
     if isinstance(expected, float) and isinstance(actual, float | int):
-        return _compare_tensors(torch.tensor(expected), torch.tensor(float(actual)), place)
+        # Python numbers come from single-precision tensors more often than not: their tolerance.
+        tolerance = TOLERANCES["float32"]
+        return _compare_floats(_scalar(expected), _scalar(float(actual)), tolerance, 0.0, place)
     if type(expected) is not type(actual):
-        return Finding("incorrect_structure", f"{place} is {_kind(actual)}, expected {_kind(expected)}.")
+        return _structure(expected, actual, place)
     if expected != actual:
-        return Finding("incorrect_numerical", f"{place} is {actual!r}, expected {expected!r}.")
+        return Finding("incorrect_numerical", f"{place} is {_shown(actual)}, expected {_shown(expected)}.")
     return None
 
 
-def _compare_tensors(expected: Any, actual: Any, place: str) -> Finding | None:
-    import torch
-
-    if actual.layout is not torch.strided or actual.device.type != "cpu":
-        return Finding("lazy_output", f"{place} is no plain tensor with values.")
+def _compare_arrays(expected: Array, actual: Value, slack: float, place: str) -> Finding | None:
+    if not isinstance(actual, Array):
+        return _structure(expected, actual, place)
+    # Before any element is looked at: an array with strides may claim more elements than anyone can go through.
     if expected.shape != actual.shape:
-        return Finding("incorrect_shape", f"{place} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}.")
+        return Finding("incorrect_shape", f"{place} has shape {actual.shape}, expected {expected.shape}.")
     if expected.dtype != actual.dtype:
-        return Finding("incorrect_dtype", f"{place} has dtype {_name(actual)}, expected {_name(expected)}.")
-    tolerance = TOLERANCES.get(_name(expected), _DEFAULT_TOLERANCE)
-    exact = not (expected.is_floating_point() or expected.is_complex())
-    wrong = 0
-    largest = 0.0
+        return Finding("incorrect_dtype", f"{place} has dtype {actual.dtype}, expected {expected.dtype}.")
+    if 0 in expected.shape:
+        return None
+    if expected.dtype in _SMALL_FLOATS:
+        return _compare_floats(expected, actual, None, _usable(slack), place)
+    if expected.dtype in TOLERANCES:
+        return _compare_floats(expected, actual, TOLERANCES[expected.dtype], _usable(slack), place)
+    return _compare_exactly(expected, actual, place)
+
+
+def _compare_exactly(expected: Array, actual: Array, place: str) -> Finding | None:
+    import numpy as np
+
+    wrong = total = 0
     for e, a in zip(_blocks(expected), _blocks(actual), strict=True):
-        if exact:
-            wrong += int((e != a).sum())
+        if expected.dtype == "bool":
+            # Any byte but 0 means true.
+            e, a = e != 0, a != 0
+        wrong += int(np.count_nonzero(e != a))
+        total += e.size
+    return Finding("incorrect_numerical", f"{place} differs in {wrong} of {total} values.") if wrong else None
+
+
+def _compare_floats(
+    expected: Array, actual: Array, tolerance: float | None, slack: float, place: str
+) -> Finding | None:
+    """Compare numbers that may be off by a tolerance; with None, by one step of their format."""
+    import numpy as np
+
+    wrong = total = unexpected = missing = 0
+    largest = 0.0
+    dtype = expected.dtype
+    for expected_codes, actual_codes in zip(_blocks(expected), _blocks(actual), strict=True):
+        total += expected_codes.size
+        if np.array_equal(expected_codes, actual_codes):
             continue
-        if not torch.equal(torch.isnan(e), torch.isnan(a)):
-            return Finding("incorrect_nan", _nan_detail(e, a, place))
-        matches = torch.isclose(a, e, rtol=tolerance, atol=tolerance, equal_nan=True)
-        wrong += int((~matches).sum())
-        largest = max(largest, float((a - e).abs().nan_to_num(0.0).max()) if e.numel() else 0.0)
+        e, a = _decoded(dtype, expected_codes), _decoded(dtype, actual_codes)
+        # The difference of two infinities, and of two numbers too far apart.
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.abs(a - e)
+            if tolerance is None:
+                close = _neighbours(dtype, expected_codes, actual_codes) | (difference <= slack)
+            else:
+                close = difference <= (tolerance + slack) + tolerance * np.abs(e)
+            close &= np.isfinite(difference)
+        if close.all():
+            continue
+        nan_expected, nan_actual = np.isnan(e), np.isnan(a)
+        unexpected += _count(nan_actual & ~nan_expected)
+        missing += _count(nan_expected & ~nan_actual)
+        different = ~(close | (e == a) | (nan_expected & nan_actual))
+        wrong += _count(different)
+        largest = max(largest, float(np.fmax.reduce(difference[different], axis=None, initial=0.0)))
+    if unexpected or missing:
+        return Finding(
+            "incorrect_nan",
+            f"{place} is NaN in {unexpected} places where the reference is not, and not NaN in {missing} where it is.",
+        )
     if not wrong:
         return None
-    share = f"{wrong} of {expected.numel()} values"
-    if exact:
-        return Finding("incorrect_numerical", f"{place} differs in {share}.")
+    allowed = f"one step of {dtype}" if tolerance is None else f"{tolerance:g} (absolute and relative)"
+    if slack:
+        allowed += f" and {slack:.3g} for the reference's own precision"
     return Finding(
         "incorrect_numerical",
-        f"{place} differs in {share} by more than {tolerance:g} (absolute and relative); "
+        f"{place} differs in {wrong} of {total} values by more than {allowed}; "
         f"the largest difference is {largest:.3g}.",
     )
 
 
-def _blocks(tensor: Any) -> Any:
-    """The tensor's values in flat blocks, in a dtype that comparisons are defined for."""
-    import torch
+def _blocks(array: Array) -> Iterator[NDArray[Any]]:
+    """The elements as they are stored, in flat blocks. Copies a block at a time where they do not lie in order."""
+    import numpy as np
 
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.reshape(-1)
-    for block in flat.split(_BLOCK) if flat.numel() else (flat,):
-        yield block.float() if block.is_floating_point() and block.element_size() < 4 else block
-
-
-def _identical(left: Any, right: Any) -> bool:
-    """Whether two plain values hold tensors of equal values; NaN equals NaN here."""
-    tensors = list(tensors_in(left)), list(tensors_in(right))
-    return len(tensors[0]) == len(tensors[1]) and all(
-        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-        for a, b in zip(*tensors, strict=True)
-    )
+    stored = np.dtype(_STORED.get(array.dtype, "u1"))
+    strides = None if array.stride is None else tuple(step * stored.itemsize for step in array.stride)
+    # Numpy checks that shape and strides stay within the data.
+    elements: NDArray[Any] = np.ndarray(array.shape, stored, array.data, strides=strides)
+    if elements.flags.c_contiguous:
+        elements = elements.reshape(-1)
+    for start in range(0, elements.size, _BLOCK):
+        yield elements.flat[start : start + _BLOCK] if elements.ndim != 1 else elements[start : start + _BLOCK]
 
 
-def _is_answer(answers: Any, trials: int) -> bool:
-    return (
-        isinstance(answers, list)
-        and len(answers) == trials
-        and all(isinstance(answer, dict) and answer.keys() >= {"output", "inputs"} for answer in answers)
-    )
+def _decoded(dtype: str, codes: NDArray[Any]) -> NDArray[Any]:
+    """The values of n elements as numbers to calculate with: n of them, or n x 2 where an element has two parts."""
+    import numpy as np
+
+    if dtype in _PARTS:
+        codes = np.ascontiguousarray(codes).view(_PARTS[dtype]).reshape(-1, 2)
+    if dtype == "bfloat16":
+        return np.asarray((codes.astype("<u4") << 16).view("<f4"))
+    if dtype in _SMALL_FLOATS:
+        return np.asarray(_table(dtype).take(_halves(dtype, codes), mode="clip"))
+    return codes.astype("<f4") if codes.dtype == np.float16 else codes
 
 
-def _nan_detail(expected: Any, actual: Any, place: str) -> str:
-    unexpected = int((actual.isnan() & ~expected.isnan()).sum())
-    missing = int((expected.isnan() & ~actual.isnan()).sum())
-    return f"{place} is NaN in {unexpected} places where the reference is not, and not NaN in {missing} where it is."
+@functools.cache
+def _table(dtype: str) -> NDArray[Any]:
+    """The value of every code of a small float."""
+    import numpy as np
+
+    exponent_bits, mantissa_bits, bias = _SMALL_FLOATS[dtype]
+    magnitude_bits = exponent_bits + mantissa_bits
+    codes = np.arange(1 << magnitude_bits)
+    exponent, mantissa = codes >> mantissa_bits, codes & ((1 << mantissa_bits) - 1)
+    fraction = mantissa / (1 << mantissa_bits)
+    values: NDArray[Any] = np.ldexp(1.0 + fraction, exponent - bias)
+    if dtype == "float8_e8m0fnu":
+        # Only exponents: no sign, no zero.
+        values[-1] = np.nan
+        return values
+    values = np.where(exponent == 0, np.ldexp(fraction, 1 - bias), values)
+    if dtype == "float8_e4m3fn":
+        values[-1] = np.nan
+    if dtype == "float8_e5m2":
+        values[-4:] = np.inf, np.nan, np.nan, np.nan
+    values = np.concatenate([values, -values])
+    if dtype.endswith("fnuz"):
+        # What would be a negative zero.
+        values[1 << magnitude_bits] = np.nan
+    return values
 
 
-def _name(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+@functools.cache
+def _steps(dtype: str) -> NDArray[Any]:
+    """The place of every code of a small float among the format's numbers, in ascending order."""
+    import numpy as np
+
+    table = _table(dtype)
+    return np.asarray(np.searchsorted(np.unique(table[np.isfinite(table)]), table), dtype=np.int16)
 
 
-def _kind(value: Any) -> str:
+def _neighbours(dtype: str, expected: NDArray[Any], actual: NDArray[Any]) -> NDArray[Any]:
+    """Where no other number of the format lies between the two codes'. Says nothing of infinities and NaN."""
+    import numpy as np
+
+    e, a = (_steps(dtype).take(_halves(dtype, codes), mode="clip") for codes in (expected, actual))
+    return np.asarray(np.abs(e - a) <= 1)
+
+
+def _halves(dtype: str, codes: NDArray[Any]) -> NDArray[Any]:
+    """The codes, n of them, or n x 2 where a byte holds two: the lower half is the first."""
+    import numpy as np
+
+    return np.stack([codes & 15, codes >> 4], axis=1) if dtype == "float4_e2m1fn_x2" else codes
+
+
+def _count(places: NDArray[Any]) -> int:
+    """How many elements are marked in at least one of their parts."""
+    import numpy as np
+
+    return int(np.count_nonzero(places.any(axis=1) if places.ndim == 2 else places))
+
+
+def _scalar(number: float) -> Array:
+    return Array("float64", (), struct.pack("<d", number))
+
+
+def _usable(slack: float) -> float:
+    return slack if isfinite(slack) and slack > 0 else 0.0
+
+
+def _structure(expected: Value, actual: Value, place: str) -> Finding:
+    return Finding("incorrect_structure", f"{place} is {_kind(actual)}, expected {_kind(expected)}.")
+
+
+def _kind(value: Value) -> str:
     if isinstance(value, tuple):
         return f"{len(value)} values"
     if isinstance(value, dict):
-        return f"a dictionary with the keys {sorted(map(str, value))}"
-    if hasattr(value, "shape"):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return _excerpt(f"a dictionary with the keys {sorted(map(str, value))}")
+    if isinstance(value, Array):
+        return f"a tensor of shape {value.shape}"
     return repr(value) if value is None else f"a {type(value).__name__}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _shown(value: Value) -> str:
+    return _excerpt(repr(value))
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."

@@ -1,65 +1,73 @@
 """Decides whether a Triton kernel computes what a PyTorch module computes, and how much faster it is.
 
-This is the plain judge. What it covers:
-- The verdict is made in processes that never ran the kernel. The kernel's own process gets the inputs and the weights,
-  and nothing of the reference's code, its outputs or the seeds; what it reports about itself may only lower the
-  verdict.
-- Every kernel has a fresh process (a fork of one that has torch and Triton loaded), its own session, resource limits, a
-  small environment, a scratch folder and a deadline. Whatever it starts is killed with it. A worker process that dies
-  is replaced; no other verdict is lost.
-- Outputs are compared in structure, shape, dtype, NaN and value for several secret draws of the inputs. Writing to
-  inputs is noticed, and so is a wrapper that launches no Triton kernel.
+What is covered:
+- The verdict is made in this process, which runs neither the kernel nor the reference and reads only bytes that they
+  send. The kernel's process gets the weights and one trial's inputs at a time, and nothing of the reference's code, its
+  outputs or the seeds; what it says about itself may only lower the verdict.
+- Every kernel has a fresh process (a fork of one that has torch and Triton loaded) in namespaces of its own where the
+  machine allows it: no files but a scratch folder and the read-only interpreter, no network, no other processes, no
+  environment. Elsewhere it has a session of its own and resource limits. The verdict says which.
+- `examination` says what is tried for correctness, `measurement` how time is measured, `gate` what is refused unseen.
 
-What it does NOT cover, and the next judge is for: namespaces (a kernel can read the user's files, reach the network and
-signal the user's processes; expected outputs lie on disk, though nobody tells it where); kernels that launch something
-idle while torch computes; caching of outputs between calls; uninitialised memory; work on side streams, patched timers
-and other tampering with the measurement, which is made in the kernel's own process; confidence intervals of speedups.
+What it does NOT cover:
+- A kernel that is right for every input that was tried and wrong for others, above all for other shapes.
+- Code that the gate lets through and that takes over its own process: it can hide operators and launches, and so pass
+  PyTorch's work off as its own, and it can forge its times. It still cannot pass a wrong answer off as a right one.
+- In Triton's interpreter: TF32, limits of tiles and shared memory, races, misaligned access and speed.
+- Hardware side channels, and faults of the driver that outlive a process.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.verification import compare, kernel_task, outcomes, reference_task
-from triton_sft_pipeline.verification.confine import ISOLATION, Limits
+from triton_sft_pipeline.verification import ends
+from triton_sft_pipeline.verification.compare import is_near_constant
+from triton_sft_pipeline.verification.examination import RIGHT, Examination, examine
 from triton_sft_pipeline.verification.gate import inspect_source
-from triton_sft_pipeline.verification.outcomes import Outcome
-from triton_sft_pipeline.verification.references import Reference, ReferenceCache
-from triton_sft_pipeline.verification.scratch import new_folder, remove, scratch
+from triton_sft_pipeline.verification.lanes import Lane, Lanes
+from triton_sft_pipeline.verification.measurement import Measurement, Pair, Unmeasurable, measure
+from triton_sft_pipeline.verification.peer import Clock, Peer
+from triton_sft_pipeline.verification.references import Reference, ReferenceCache, Trial
+from triton_sft_pipeline.verification.sandbox import Limits
+from triton_sft_pipeline.verification.scratch import remove
+from triton_sft_pipeline.verification.speedup import flags
 from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.verdict import Finding, JudgeItem, Verdict
+from triton_sft_pipeline.verification.wire import ClosedError, WireError, arrays_in
 from triton_sft_pipeline.verification.zygote_client import ZygoteClient, ZygoteDiedError
 
-_MAX_WORKERS = 8
-_COMPARE_TIMEOUT_S = 300.0
-# Room for a kernel's compiled code beside its outputs.
-_EXTRA_FILE_BYTES = 64 << 20
-_UNLIMITED_BYTES = 1 << 50
+_MAX_WORKERS = 12
+# Room for a kernel's compiled code, and for what it writes.
+_FILE_BYTES = 256 << 20
+# Processes that a kernel's may have: Triton starts a compiler and an assembler.
+_PROCESSES = 64
+_COMPILE_BASELINE_S = 120.0
+# A reference is run some more times than a kernel, and in two precisions.
+_REFERENCE_TIMES = 2
 # After these, another way of binding the arguments may do better.
 _PERHAPS_BINDING = frozenset(
     {"runtime_error", "compile_error", "input_mutated", "incorrect_structure", "incorrect_shape", "incorrect_dtype"}
-    | {"incorrect_nan", "incorrect_numerical"}
+    | {"incorrect_nan", "incorrect_numerical", "crash"}
 )
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    """One run of a kernel with one way of binding its arguments."""
+class _Decision:
+    """Everything that was found out about one kernel."""
 
-    finding: Finding
-    contract: str | None = None
-    binding: int = 0
-    bindings: int = 1
-    times_ms: tuple[float, float] | None = None
+    examination: Examination
+    trials: int = 0
+    measurement: Measurement | None = None
 
 
 class KernelJudge:
@@ -67,11 +75,12 @@ class KernelJudge:
 
     Args:
         device: "cuda", "cpu" (Triton's interpreter: no speed), or "auto" for the GPU when there is one.
-        workers: kernels judged at a time; None for one a processor, at most 8. Measurements always run alone.
+        workers: kernels judged at a time; None for one a processor, at most 12. Measurements always run alone.
         timeout_s: seconds that a kernel may take for all trials, compilation included; the same again for its
             measurement.
-        trials: draws of the inputs that are compared. A problem whose inputs are gigabytes gets fewer.
+        trials: independent draws of the inputs that are compared. A problem whose inputs are gigabytes gets fewer.
         timing: measure speedups; only ever done on a GPU.
+        compile_baseline: also measure the reference under torch.compile; takes many seconds a kernel.
 
     Raises:
         PipelineError: a setting out of range; on entering the block, no GPU where "cuda" was asked for.
@@ -84,6 +93,7 @@ class KernelJudge:
         timeout_s: float = 60.0,
         trials: int = 5,
         timing: bool = True,
+        compile_baseline: bool = False,
     ) -> None:
         if device not in ("auto", "cuda", "cpu"):
             raise PipelineError(f"Unknown judge device {device!r}: use auto, cuda or cpu.")
@@ -94,30 +104,37 @@ class KernelJudge:
         self._timeout_s = timeout_s
         self._trials = trials
         self._timing = timing
-        self._traffic = Traffic()
+        self._compile_baseline = compile_baseline
+        self._traffic = Traffic(batch=max(1, self.workers // 2))
+        self._references = ReferenceCache()
         self._zygote: ZygoteClient | None = None
 
     def __enter__(self) -> KernelJudge:
         self._folder = Path(tempfile.mkdtemp(prefix="triton-sft-judge-"))
-        self._references = ReferenceCache(self._prepare_reference, self._discard_reference)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="judge")
+        self._lanes = Lanes([])
         try:
-            self._zygote = ZygoteClient(self._device, self._folder)
-            self.backend, self._versions = self._zygote.backend_and_versions()
+            self._zygote = zygote = ZygoteClient(self._device, self._folder)
+            zygote.wait_ready()
+            self.backend, self.isolation, self._versions = zygote.backend, zygote.isolation, zygote.versions
+            self.isolation_reason = zygote.isolation_reason
         except BaseException:
             self.__exit__(None, None, None)
             raise
         self.device = "cuda" if self.backend == "cuda" else "cpu"
+        traffic = self._traffic if self.backend == "cuda" else None
+        self._lanes = Lanes([Lane(zygote, self._limits(), traffic) for _ in range(self.workers)])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._zygote is not None:
+            # Without a zygote, what is still being judged ends at once.
             self._zygote.close()
-            self._zygote = None
-        # Without a zygote, what is still being judged ends at once.
         self._pool.shutdown(cancel_futures=True)
+        self._lanes.close()
+        self._zygote = None
         remove(self._folder)
 
     def verify(self, pytorch_code: str | None, triton_code: str | None, key: str = "") -> Verdict:
@@ -125,17 +142,14 @@ class KernelJudge:
         if self._zygote is None:
             raise PipelineError("Use the judge as a context manager: with KernelJudge() as judge: ...")
         began = time.monotonic()
-        try:
-            attempt, trials = self._judge(pytorch_code, triton_code)
-        except ZygoteDiedError as error:
-            detail = f"The judge's worker process failed twice while this kernel ran, the second time alone: {error}."
-            attempt, trials = _Attempt(Finding("infra_error", detail)), 0
-        except OSError as error:
-            attempt, trials = (
-                _Attempt(Finding("infra_error", f"The judge could not read or write its files: {error}.")),
-                0,
-            )
-        return self._verdict(key, began, attempt, trials)
+        refused = inspect_source(triton_code)
+        if refused is not None or triton_code is None:
+            decision = _Decision(Examination(refused or Finding("no_code", "There is no kernel code.")))
+        elif not pytorch_code:
+            decision = _Decision(Examination(Finding("reference_error", "There is no PyTorch code to compare with.")))
+        else:
+            decision = self._decide_patiently(pytorch_code, triton_code)
+        return self._verdict(key, began, decision)
 
     def verify_many(self, items: Iterable[JudgeItem]) -> Iterator[Verdict]:
         """Judge kernels side by side; verdicts come in the order in which they are decided.
@@ -160,183 +174,176 @@ class KernelJudge:
             for future in running:
                 future.cancel()
 
-    def _judge(self, pytorch_code: str | None, triton_code: str | None) -> tuple[_Attempt, int]:
-        """The best attempt and the number of trials that the problem has."""
-        refused = inspect_source(triton_code)
-        if refused is not None or triton_code is None:
-            return _Attempt(refused or Finding("no_code", "")), 0
-        if not pytorch_code:
-            return _Attempt(Finding("reference_error", "There is no PyTorch code to compare with.")), 0
-        with self._references.borrow(pytorch_code) as reference:
+    def _decide_patiently(self, pytorch_code: str, triton_code: str) -> _Decision:
+        """Decide; once more with nothing beside when memory ran out or the zygote died: others may have caused it."""
+        decision = None
+        with self._lanes.take() as lane:
+            try:
+                # On a GPU the children themselves ask for their turns.
+                with nullcontext() if self.backend == "cuda" else self._traffic.together():
+                    decision = self._decide(lane, pytorch_code, triton_code, alone=False)
+            except (ZygoteDiedError, OSError):
+                lane.close()
+            if decision is not None and decision.examination.finding.verdict != "resource_limit":
+                return decision
+            try:
+                with self._traffic.alone():
+                    return self._decide(lane, pytorch_code, triton_code, alone=True)
+            except ZygoteDiedError as error:
+                lane.close()
+                detail = f"The judge's own processes failed twice while this kernel ran, once alone: {error}."
+                return _Decision(Examination(Finding("infra_error", detail)))
+            except OSError as error:
+                detail = f"The judge could not read or write its files: {error}."
+                return _Decision(Examination(Finding("infra_error", detail)))
+
+    def _decide(self, lane: Lane, pytorch_code: str, triton_code: str, alone: bool) -> _Decision:
+        prepare = lambda code: self._prepare(lane, code, alone)  # noqa: E731
+        with self._references.borrow(pytorch_code, prepare) as reference:
             if reference.failure:
-                return _Attempt(reference.failure), 0
-            attempt = self._best_attempt(reference, triton_code)
-            if self.backend == "interpreter" and attempt.finding.verdict in ("incorrect_numerical", "incorrect_nan"):
-                attempt = replace(attempt, finding=_blame_interpreter(attempt.finding, reference, triton_code))
-            if attempt.finding.verdict == "verified" and self._measures():
-                attempt = self._measure(reference, triton_code, attempt)
-            return attempt, reference.trials
+                return _Decision(Examination(reference.failure))
+            decision = self._decide_with_binding(lane, pytorch_code, reference, triton_code, 0, alone)
+            for binding in range(1, decision.examination.bindings):
+                if decision.examination.finding.verdict not in _PERHAPS_BINDING:
+                    break
+                other = self._decide_with_binding(lane, pytorch_code, reference, triton_code, binding, alone)
+                if other.examination.finding.verdict in RIGHT:
+                    decision = other
+            if self.backend == "interpreter":
+                decision = _blame_interpreter(decision, reference, triton_code)
+            return decision
 
-    def _best_attempt(self, reference: Reference, triton_code: str) -> _Attempt:
-        """Try each way of binding the wrapper's arguments until one is right; the first one's verdict when none is."""
-        first = self._attempt(reference, triton_code, binding=0)
-        for binding in range(1, first.bindings):
-            if first.finding.verdict not in _PERHAPS_BINDING:
-                break
-            other = self._attempt(reference, triton_code, binding)
-            if other.finding.verdict == "verified":
-                return other
-        return first
+    def _decide_with_binding(
+        self, lane: Lane, pytorch_code: str, reference: Reference, triton_code: str, binding: int, alone: bool
+    ) -> _Decision:
+        """One attempt in a process of its own, and its measurement when the kernel is right."""
+        with lane.kernel() as peer:
+            peer.alone = alone
+            examination = examine(peer, reference, triton_code, binding, Clock(self._timeout_s), alone)
+            if examination.finding.verdict not in RIGHT or not self._measures():
+                return _Decision(examination, len(reference.trials))
+            return self._measure(lane, peer, pytorch_code, reference, examination, alone)
 
-    def _attempt(self, reference: Reference, triton_code: str, binding: int) -> _Attempt:
-        with scratch(self._folder, "kernel") as folder:
-            files = self._kernel_files(reference, triton_code, binding, mode="check")
-            outcome = self._run("kernel", folder, files, self._timeout_s, self._kernel_limits(reference))
-            failure = outcomes.kernel_failure(outcome, self._timeout_s)
-            attempt = _Attempt(
-                finding=failure or self._compare(reference, folder / kernel_task.OUTPUTS),
-                contract=outcomes.contract_of(outcome),
-                binding=binding,
-                bindings=outcomes.binding_count(outcome),
-            )
-        if attempt.finding.verdict == "verified" and not outcomes.has_launched(outcome):
-            detail = "The outputs are right, but no Triton kernel was launched; PyTorch computed them."
-            return replace(attempt, finding=Finding("no_kernel_launch", detail))
-        return attempt
+    def _measure(
+        self, lane: Lane, peer: Peer, pytorch_code: str, reference: Reference, examination: Examination, alone: bool
+    ) -> _Decision:
+        trials = len(reference.trials)
+        clock = Clock(self._timeout_s + (_COMPILE_BASELINE_S if self._compile_baseline else 0.0))
+        try:
+            beside = lane.reference()
+            beside.alone = alone
+            pair = Pair(peer, beside, reference, pytorch_code, clock)
+            result = measure(pair, Traffic() if alone else self._traffic, self._compile_baseline)
+        except (ClosedError, WireError) as error:
+            result = ends.finding_of(error, peer.child, clock.seconds)
+        except (Unmeasurable, TimeoutError) as error:
+            lane.drop_reference()
+            detail = f"{examination.finding.detail} It could not be measured: {error or 'time ran out'}."
+            return _Decision(replace(examination, finding=Finding(examination.finding.verdict, detail)), trials)
+        if isinstance(result, Finding):
+            return _Decision(replace(examination, finding=result), trials)
+        if self._compile_baseline:
+            lane.drop_reference()
+        return _Decision(examination, trials, result)
 
-    def _compare(self, reference: Reference, outputs: Path) -> Finding:
-        """Compare in a fork of its own, which has run neither the reference nor the kernel."""
-        task = {
-            "inputs": str(reference.given / reference_task.INPUTS),
-            "expected": str(reference.folder / reference_task.EXPECTED),
-            "outputs": str(outputs),
-        }
-        limits = self._limits(_COMPARE_TIMEOUT_S, _EXTRA_FILE_BYTES)
-        with scratch(self._folder, "compare") as folder:
-            outcome = self._run("compare", folder, {compare.TASK: json.dumps(task)}, _COMPARE_TIMEOUT_S, limits)
-        if outcome.report is None:
-            return Finding("infra_error", f"The process that compares the outputs {outcomes.describe_end(outcome)}.")
-        return Finding(outcome.report["verdict"], outcome.report["detail"])
-
-    def _prepare_reference(self, pytorch_code: str) -> Reference:
-        folder, given = new_folder(self._folder, "reference"), new_folder(self._folder, "given")
-        task = {"mode": "prepare", "device": self.device, "given": str(given), "trials": self._trials}
-        files = {reference_task.CODE: pytorch_code, reference_task.TASK: json.dumps(task)}
-        outcome = self._run(
-            "reference", folder, files, self._timeout_s, self._limits(self._timeout_s, _UNLIMITED_BYTES)
-        )
-        report = outcome.report
-        if report is None and outcome.timed_out and self.backend == "interpreter":
-            detail = f"The reference alone did not finish in {self._timeout_s:g} s on a CPU; judge it on a GPU."
-            return Reference(folder, given, Finding("unsupported_on_cpu", detail))
-        if report is None:
-            detail = f"The reference's process {outcomes.describe_end(outcome)}."
-            return Reference(folder, given, Finding("reference_error", detail))
-        if "verdict" in report:
-            return Reference(folder, given, Finding(report["verdict"], report["detail"]))
-        return Reference(folder, given, **report)
-
-    @staticmethod
-    def _discard_reference(reference: Reference) -> None:
-        remove(reference.folder)
-        remove(reference.given)
+    def _prepare(self, lane: Lane, pytorch_code: str, alone: bool) -> Reference:
+        limit_s = _REFERENCE_TIMES * self._timeout_s
+        clock = Clock(limit_s)
+        try:
+            peer = lane.reference()
+            peer.alone = alone
+            answer = peer.ask("load", clock, None, code=pytorch_code, trials=self._trials)
+        except TimeoutError:
+            lane.drop_reference()
+            if self.backend == "interpreter":
+                detail = f"The reference alone did not finish in {limit_s:g} s on a CPU; judge it on a GPU."
+                return Reference(failure=Finding("unsupported_on_cpu", detail))
+            return Reference(failure=Finding("reference_error", f"It did not finish in {limit_s:g} s."))
+        except (ClosedError, WireError) as error:
+            end = peer.child.end(5.0)
+            lane.drop_reference()
+            if end is not None and end.signal == "SIGKILL" and not alone:
+                # Nobody kills a reference but the system when memory runs out, which may be another's fault.
+                raise ZygoteDiedError("the reference's process was killed") from error
+            how = f"hung up ({error})" if end is None else ends.describe(end)
+            return Reference(failure=Finding("reference_error", f"The reference's process {how}."))
+        if answer.get("dirty"):
+            lane.drop_reference()
+        return _without_degenerate(Reference.from_answer(answer))
 
     def _measures(self) -> bool:
         return self._timing and self.backend == "cuda"
 
-    def _measure(self, reference: Reference, triton_code: str, attempt: _Attempt) -> _Attempt:
-        """Time the reference, once a problem, and the kernel, with nothing else on the GPU."""
-        with self._traffic.alone(), scratch(self._folder, "kernel") as folder:
-            if reference.time_ms is None:
-                task = {
-                    "mode": "time",
-                    "device": self.device,
-                    "given": str(reference.given),
-                    "class_name": reference.class_name,
-                }
-                limits = self._limits(self._timeout_s, _UNLIMITED_BYTES)
-                files = {reference_task.TASK: json.dumps(task)}
-                reference.time_ms = outcomes.time_of(
-                    self._run_once("reference", reference.folder, files, self._timeout_s, limits)
-                )
-            files = self._kernel_files(reference, triton_code, attempt.binding, mode="time")
-            limits = self._kernel_limits(reference)
-            kernel_ms = outcomes.time_of(self._run_once("kernel", folder, files, self._timeout_s, limits))
-        if reference.time_ms is None or kernel_ms is None:
-            whose = "reference" if reference.time_ms is None else "kernel"
-            detail = f"{attempt.finding.detail} The {whose} could not be timed within {self._timeout_s:g} s."
-            return replace(attempt, finding=Finding("verified", detail))
-        return replace(attempt, times_ms=(reference.time_ms, kernel_ms))
+    def _limits(self) -> dict[str, Limits]:
+        # The judge's clock ends a child long before its processor time does; this is for one that was lost.
+        cpu_s = int(self._timeout_s * 2 * (os.cpu_count() or 1)) + 60
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # Drivers map far more than they use.
+        data = memory // 2 if self.backend == "interpreter" else 0
+        kernel = Limits(cpu_s=cpu_s, file_bytes=_FILE_BYTES, data_bytes=data, processes=_PROCESSES)
+        # A reference's process serves many problems.
+        return {"kernel": kernel, "reference": replace(kernel, cpu_s=1 << 30)}
 
-    def _kernel_files(self, reference: Reference, triton_code: str, binding: int, mode: str) -> dict[str, str]:
-        task = {
-            "mode": mode,
-            "device": self.device,
-            "backend": self.backend,
-            "binding": binding,
-            "inputs": str(reference.given / reference_task.INPUTS),
-            "state": str(reference.given / reference_task.STATE),
-        }
-        return {kernel_task.CODE: triton_code, kernel_task.TASK: json.dumps(task)}
-
-    def _run(self, task: str, folder: Path, files: dict[str, str], timeout_s: float, limits: Limits) -> Outcome:
-        """Run a task beside others; once more, alone, when the zygote died or memory ran short: perhaps their fault."""
-        try:
-            with self._traffic.together():
-                outcome = self._run_once(task, folder, files, timeout_s, limits)
-            if not outcomes.is_short_of_memory(outcome):
-                return outcome
-        except ZygoteDiedError:
-            pass
-        with self._traffic.alone():
-            return self._run_once(task, folder, files, timeout_s, limits)
-
-    def _run_once(self, task: str, folder: Path, files: dict[str, str], timeout_s: float, limits: Limits) -> Outcome:
-        if self._zygote is None:
-            raise ZygoteDiedError("the judge is closed")
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
-        return self._zygote.run(task, folder, timeout_s, limits)
-
-    def _kernel_limits(self, reference: Reference) -> Limits:
-        return self._limits(self._timeout_s, 2 * reference.bytes + _EXTRA_FILE_BYTES)
-
-    def _limits(self, timeout_s: float, file_bytes: int) -> Limits:
-        # The deadline ends a child long before its processor time does; this is for one that the zygote has lost.
-        cpu_s = int(timeout_s * (os.cpu_count() or 1)) + 10
-        half_of_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        return Limits(cpu_s, file_bytes, data_bytes=half_of_memory if self.backend == "interpreter" else 0)
-
-    def _verdict(self, key: str, began: float, attempt: _Attempt, trials: int) -> Verdict:
-        correct = attempt.finding.verdict == "verified"
-        reference_ms, kernel_ms = attempt.times_ms or (None, None)
-        speedup = reference_ms / kernel_ms if reference_ms and kernel_ms else None
-        # A kernel that is wrong is not fast; of one that is right but was not timed, nobody knows.
-        known = self._measures() and (speedup is not None or not correct)
+    def _verdict(self, key: str, began: float, decision: _Decision) -> Verdict:
+        examination, measured = decision.examination, decision.measurement
+        correct = examination.finding.verdict in RIGHT
+        times = measured.speedup if measured else None
+        fast_1, fast_2 = flags(times.low) if times else (None, None)
+        if not correct and self._measures():
+            # A kernel that is wrong is not fast; of one that is right but was not measured, nobody knows.
+            fast_1 = fast_2 = False
         return Verdict(
             key=key,
-            verdict=attempt.finding.verdict,
+            verdict=examination.finding.verdict,
             correctness=correct,
             fast_0=correct,
-            fast_1=(speedup is not None and speedup > 1.0) if known else None,
-            fast_2=(speedup is not None and speedup >= 2.0) if known else None,
-            speedup=speedup,
-            reference_time_ms=reference_ms,
-            kernel_time_ms=kernel_ms,
-            contract=attempt.contract,
+            fast_1=fast_1,
+            fast_2=fast_2,
+            speedup=times.point if times else None,
+            speedup_low=times.low if times else None,
+            speedup_high=times.high if times else None,
+            reference_time_ms=times.reference_ms if times else None,
+            reference_iqr_ms=times.reference_iqr_ms if times else None,
+            kernel_time_ms=times.kernel_ms if times else None,
+            kernel_iqr_ms=times.kernel_iqr_ms if times else None,
+            compile_time_ms=measured.compile_ms if measured else None,
+            compile_speedup=measured.compile_speedup if measured else None,
+            launch_bound=measured.launch_bound if measured else None,
+            graph_speedup=measured.graph_speedup if measured else None,
+            torch_share=examination.torch_share,
+            contract=examination.contract,
             device=self.device,
             backend=self.backend,
-            isolation=ISOLATION,
-            trials=trials,
-            detail=attempt.finding.detail,
+            isolation=self.isolation,
+            trials=decision.trials,
+            detail=examination.finding.detail,
             wall_s=round(time.monotonic() - began, 3),
             versions=dict(self._versions),
         )
 
 
-def _blame_interpreter(finding: Finding, reference: Reference, triton_code: str) -> Finding:
+def _without_degenerate(reference: Reference) -> Reference:
+    """A problem whose output does not depend on its inputs proves nothing about a kernel."""
+    trials = reference.all_trials
+    if reference.failure or len(trials) < 2:
+        return reference
+    if _inputs_vary(trials) and is_near_constant([trial.output for trial in trials]):
+        detail = "The reference's output is the same for all inputs that were drawn; any constant would pass."
+        return Reference(failure=Finding("degenerate_task", detail))
+    return reference
+
+
+def _inputs_vary(trials: list[Trial]) -> bool:
+    first = [array.data for array in arrays_in(trials[0].inputs)]
+    return any([array.data for array in arrays_in(trial.inputs)] != first for trial in trials[1:])
+
+
+def _blame_interpreter(decision: _Decision, reference: Reference, triton_code: str) -> _Decision:
     """Wrong values are not held against a kernel where the interpreter itself computes wrong ones."""
+    finding = decision.examination.finding
+    if finding.verdict not in ("incorrect_numerical", "incorrect_nan"):
+        return decision
     if not reference.uses_bfloat16 and "bfloat16" not in triton_code:
-        return finding
+        return decision
     detail = f"Triton's interpreter cannot compute in bfloat16; judge this kernel on a GPU. {finding.detail}"
-    return Finding("unsupported_on_cpu", detail)
+    return replace(decision, examination=replace(decision.examination, finding=Finding("unsupported_on_cpu", detail)))

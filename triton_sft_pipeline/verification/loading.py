@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from triton_sft_pipeline.verification.interpreter import is_unsupported
-from triton_sft_pipeline.verification.values import UnsupportedValueError
+from triton_sft_pipeline.verification.tensors import UnsupportedValueError
 from triton_sft_pipeline.verification.verdict import Finding
 
 _MAX_DETAIL = 600

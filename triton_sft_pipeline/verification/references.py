@@ -1,6 +1,6 @@
-"""Prepares each problem once: several kernels for one problem share its drawn inputs and expected outputs.
+"""What the judge knows of each problem, found out once: kernels for one problem share its draws and expected outputs.
 
-Keeps a bounded number of problems on disk and forgets the ones used longest ago.
+Keeps a bounded amount in memory and forgets the problems used longest ago. Knows nothing of kernels.
 """
 
 from __future__ import annotations
@@ -10,37 +10,109 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from triton_sft_pipeline.files import sha256_bytes
 from triton_sft_pipeline.verification.verdict import Finding
+from triton_sft_pipeline.verification.wire import Value, nbytes
 
-_MAX_KEPT = 32
+# Evaluation judges several answers for one problem in a row; more than this is not needed for that.
+_MAX_PROBLEMS = 64
+_MAX_BYTES = 1 << 30
+_HUGE_BYTES = 2 << 30
+_PLAIN = ("mixable", "class_name", "compute", "copy", "aliases", "uses_bfloat16")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Trial:
+    """Inputs and what the reference makes of them.
+
+    Attributes:
+        inputs: a tuple.
+        output: what the reference returns.
+        after: the inputs as the reference leaves them; None when it leaves them alone.
+        slack: an extra absolute tolerance for each tensor of the output.
+    """
+
+    inputs: Value
+    output: Value
+    after: Value = None
+    slack: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Reference:
     """A problem as the judge knows it.
 
     Attributes:
-        folder: where its code and its expected outputs lie; kernels' processes are not told of it.
-        given: where its inputs and weights lie, which kernels' processes read.
-        failure: why it cannot be judged, if so.
-        trials: number of input draws.
-        bytes: size of all inputs and outputs together.
+        failure: why it cannot be judged; then nothing else is set.
+        trials: independent draws.
+        mixed: a trial whose inputs are an element-wise mixture of the first two draws.
+        shifted: a trial whose inputs lie on both sides of zero, where all draws are non-negative.
+        negative: a trial whose inputs are negative, where all draws are non-negative.
+        sparse: a trial with many zeros, where all draws give the same output.
+        mixable: the reference runs on any mixture of draws.
+        kernel_arguments: the arguments `state`, `available` and `init_inputs` of `KernelSession.load`.
         class_name: the module under test.
-        uses_bfloat16: an input, weight or output has this dtype.
-        time_ms: the reference's median time, once it was measured.
+        compute, copy: the reference's work, as `operators` counts it.
+        aliases: outputs that share memory with an input, by position.
+        uses_bfloat16: the problem has something to do with this dtype.
     """
 
-    folder: Path
-    given: Path
     failure: Finding | None = None
-    trials: int = 0
-    bytes: int = 0
+    trials: tuple[Trial, ...] = ()
+    mixed: Trial | None = None
+    shifted: Trial | None = None
+    negative: Trial | None = None
+    sparse: Trial | None = None
+    mixable: bool = False
+    kernel_arguments: dict[str, Any] = field(default_factory=dict)
     class_name: str = ""
+    compute: float = 0.0
+    copy: float = 0.0
+    aliases: tuple[int, ...] = ()
     uses_bfloat16: bool = False
-    time_ms: float | None = None
+
+    @property
+    def all_trials(self) -> list[Trial]:
+        """The draws, and the trials that were derived from them."""
+        derived = (self.mixed, self.shifted, self.negative, self.sparse)
+        return [*self.trials, *(trial for trial in derived if trial is not None)]
+
+    @property
+    def is_huge(self) -> bool:
+        """Too large to be sent to a process twice."""
+        return len(self.trials) == 1 and self.output_bytes > _HUGE_BYTES
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of one trial's outputs and inputs: what an honest answer may hold."""
+        return max((nbytes(trial.output) + nbytes(trial.inputs) for trial in self.trials), default=0)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything that is kept."""
+        held = sum(nbytes(trial.inputs) + nbytes(trial.output) + nbytes(trial.after) for trial in self.all_trials)
+        return held + nbytes(self.kernel_arguments.get("state"))
+
+    @classmethod
+    def from_answer(cls, answer: dict[str, Any]) -> Reference:
+        """Read the answer of `ReferenceSession.load`."""
+        if "verdict" in answer:
+            return cls(failure=Finding(answer["verdict"], answer["detail"]))
+        return cls(
+            trials=tuple(Trial(**trial) for trial in answer["trials"]),
+            mixed=_trial(answer["mixed"]),
+            shifted=_trial(answer["shifted"]),
+            negative=_trial(answer["negative"]),
+            sparse=_trial(answer["sparse"]),
+            kernel_arguments={name: answer[name] for name in ("state", "available", "init_inputs")},
+            **{name: answer[name] for name in _PLAIN},
+        )
+
+
+def _trial(fields: dict[str, Any] | None) -> Trial | None:
+    return None if fields is None else Trial(**fields)
 
 
 @dataclass
@@ -51,22 +123,15 @@ class _Entry:
 
 
 class ReferenceCache:
-    """References by their exact code.
+    """References by their exact code. Safe to use from several threads."""
 
-    Args:
-        prepare: makes a reference from its code; called once for each.
-        discard: removes what a reference left on disk.
-    """
-
-    def __init__(self, prepare: Callable[[str], Reference], discard: Callable[[Reference], None]) -> None:
-        self._prepare = prepare
-        self._discard = discard
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     @contextmanager
-    def borrow(self, pytorch_code: str) -> Iterator[Reference]:
-        """The reference for this code, prepared now if need be, and kept on disk until the block ends."""
+    def borrow(self, pytorch_code: str, prepare: Callable[[str], Reference]) -> Iterator[Reference]:
+        """The reference for this code; prepared now if need be, by one caller while others wait for it."""
         key = sha256_bytes(pytorch_code.encode("utf-8", "surrogatepass"))
         with self._lock:
             entry = self._entries.setdefault(key, _Entry())
@@ -75,22 +140,18 @@ class ReferenceCache:
         try:
             with entry.lock:
                 if entry.reference is None:
-                    entry.reference = self._prepare(pytorch_code)
+                    entry.reference = prepare(pytorch_code)
             yield entry.reference
         finally:
             with self._lock:
                 entry.users -= 1
-                forgotten = self._forget_oldest()
-            for reference in forgotten:
-                self._discard(reference)
+                self._forget_oldest()
 
-    def _forget_oldest(self) -> list[Reference]:
-        forgotten: list[Reference] = []
+    def _forget_oldest(self) -> None:
+        held = sum(entry.reference.total_bytes for entry in self._entries.values() if entry.reference is not None)
         for key, entry in list(self._entries.items()):
-            if len(self._entries) <= _MAX_KEPT:
+            if len(self._entries) <= _MAX_PROBLEMS and held <= _MAX_BYTES:
                 break
             if entry.users == 0:
                 del self._entries[key]
-                if entry.reference is not None:
-                    forgotten.append(entry.reference)
-        return forgotten
+                held -= entry.reference.total_bytes if entry.reference is not None else 0

@@ -55,10 +55,16 @@ ANSWERS = {
 VERDICTS = {"wrong shape": "incorrect_shape", "reference breaks": "reference_error"}
 
 
-def run(directory: Path, has_adapter: bool = True, splits: Any = None, **settings: Any) -> Evaluation:
+def run(
+    directory: Path,
+    has_adapter: bool = True,
+    splits: Any = None,
+    judge: RecordingJudge | None = None,
+    **settings: Any,
+) -> Evaluation:
     tokenizer = byte_tokenizer()
     model = ScriptedModel(tokenizer, ANSWERS)
-    judge = RecordingJudge(VERDICTS)
+    judge = judge or RecordingJudge(VERDICTS)
     steps: list[tuple[int, int]] = []
     report = evaluate(
         model,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
+from triton_sft_pipeline.verification.verdict import CORRECT, JudgeItem, Verdict
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -147,7 +147,7 @@ class RecordingJudge:
         self.items = list(items)
         for item in reversed(self.items):
             name = next((v for piece, v in self.verdicts.items() if piece in (item.triton_code or "")), "verified")
-            good = name == "verified"
+            good = name in CORRECT
             yield Verdict(
                 key=item.key,
                 verdict=name,

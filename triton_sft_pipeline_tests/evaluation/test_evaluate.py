@@ -134,6 +134,28 @@ def test_scores_count_the_first_answer_and_keep_the_verdict_of_each(tmp_path: Pa
     assert "answered 3 times" in " ".join(report["notes"])
 
 
+def test_hybrid_kernels_are_verified_and_a_note_counts_them(tmp_path: Path) -> None:
+    judge = RecordingJudge({"def right(): pass": "verified_hybrid"}, torch_share=0.2, speedup=1.5, speedup_low=0.9)
+    report = run(tmp_path, judge=judge).report
+    assert report["tuned"]["seen"]["verified"] == 2
+    assert report["tuned"]["seen"]["verdicts"] == {"verified_hybrid": 2}
+    note = "4 of the 9 verified kernels are hybrid: PyTorch operators did the lesser part of their work."
+    assert any(n.startswith(note) for n in report["notes"])
+    answer = report["problems"][0]["tuned"]
+    assert (answer["torch_share"], answer["speedup"], answer["speedup_low"]) == (0.2, 1.5, 0.9)
+    assert answer["correct_answers"] == 1
+
+
+def test_without_hybrid_kernels_there_is_no_note_of_them(evaluation: Evaluation) -> None:
+    assert "hybrid" not in " ".join(evaluation.report["notes"])
+
+
+def test_fast_is_what_the_judge_calls_fast_whatever_the_point_estimate(tmp_path: Path) -> None:
+    judge = RecordingJudge(speedup=2.5, speedup_low=0.9, fast_1=False, fast_2=False)
+    cell = run(tmp_path, splits={"test": SPLITS["test"]}, judge=judge).report["base"]["test"]
+    assert (cell["fast_1"]["count"], cell["fast_2"]["count"]) == (0, 0)
+
+
 def test_seen_problems_are_sampled_by_hash_and_the_report_says_so(tmp_path: Path) -> None:
     many = [problem(f"p{i:03}") for i in range(100)]
     chosen = sample_seen(many, 10)

@@ -15,6 +15,7 @@ from triton_sft_pipeline.evaluation import render_html, render_markdown, score_p
 from triton_sft_pipeline.evaluation.highlight import highlight_python
 from triton_sft_pipeline.evaluation.report import LONGEST_SHOWN
 from triton_sft_pipeline_tests.evaluation.conftest import HOSTILE, SPLITS, Evaluation, run
+from triton_sft_pipeline_tests.evaluation.models import RecordingJudge
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -136,6 +137,30 @@ def test_the_plot_is_a_small_picture(evaluation: Evaluation) -> None:
 )
 def test_highlighting_changes_no_character(source: str) -> None:
     assert Page(str(highlight_python(source))).text.replace("\r\n", "\n") == source.replace("\r\n", "\n")
+
+
+def test_a_speedup_is_shown_with_its_interval_and_what_it_has_to_be_read_with(tmp_path: Path) -> None:
+    timed = {
+        "speedup": 1.254,
+        "speedup_low": 1.1,
+        "speedup_high": 1.41,
+        "launch_bound": True,
+        "graph_speedup": 0.7,
+        "compile_speedup": 0.85,
+        "reference_time_ms": 0.05,
+        "kernel_time_ms": 0.04,
+        "torch_share": 0.25,
+    }
+    report = run(tmp_path, splits={"test": SPLITS["test"]}, judge=RecordingJudge(**timed)).report
+    shown = Page(render_html(report)).text
+    speed = "1.25x [1.10, 1.41], bound by launches, 0.70x as CUDA graphs, 0.85x against torch.compile"
+    assert f"{speed} · 0.04 ms against 0.05 ms · 0.25 of the work by PyTorch" in shown
+
+
+def test_a_speedup_without_interval_is_shown_alone(tmp_path: Path) -> None:
+    report = run(tmp_path, splits={"test": SPLITS["test"]}, judge=RecordingJudge(speedup=1.5), samples=2).report
+    shown = Page(render_html(report)).text
+    assert "· 1.50x ·" in shown and "2 of 2 answers verified" in shown
 
 
 def test_highlighting_marks_what_is_worth_a_colour() -> None:

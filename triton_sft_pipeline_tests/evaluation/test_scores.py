@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from triton_sft_pipeline.evaluation.scores import compare, mcnemar_exact, score, share, verdict_kind, wilson_interval
-from triton_sft_pipeline.verification.verdict import VERDICTS, Verdict
+from triton_sft_pipeline.evaluation.scores import (
+    VERDICT_KINDS,
+    compare,
+    mcnemar_exact,
+    score,
+    share,
+    verdict_kind,
+    wilson_interval,
+)
+from triton_sft_pipeline.verification.verdict import CORRECT, VERDICTS, Verdict
 
 
 def verdict(name: str, fast_1: bool | None = None, fast_2: bool | None = None) -> Verdict:
-    good = name == "verified"
+    good = name in CORRECT
     return Verdict(key="p", verdict=name, correctness=good, fast_0=good, fast_1=fast_1, fast_2=fast_2)
 
 
@@ -95,13 +103,42 @@ def test_the_exact_mcnemar_test_is_a_fair_coin_on_the_problems_that_differ(wins:
 
 
 def test_every_verdict_of_the_judge_has_a_kind() -> None:
-    kinds = {name: verdict_kind(name) for name in [*VERDICTS, "unparsed"]}
+    kinds = {name: verdict_kind(name) for name in VERDICTS}
     assert {name for name, kind in kinds.items() if kind == "unjudged"} == {
         "unsupported_on_cpu",
         "degenerate_task",
         "reference_error",
         "infra_error",
     }
-    assert {name for name, kind in kinds.items() if kind == "verified"} == {"verified"}
-    assert kinds["no_kernel_launch"] == kinds["input_mutated"] == "refused"
+    assert {name for name, kind in kinds.items() if kind == "verified"} == {"verified", "verified_hybrid"}
+    assert {name for name, kind in kinds.items() if kind == "refused"} == {
+        "no_kernel_launch",
+        "dummy_kernel",
+        "torch_fallback",
+        "output_cached",
+        "output_alias",
+        "input_mutated",
+        "lazy_output",
+        "harness_tamper",
+        "timing_tamper",
+        "stream_escape",
+        "thread_leak",
+        "process_leak",
+        "forged_result",
+        "reference_access",
+        "sandbox_violation",
+        "forbidden_construct",
+    }
     assert kinds["unparsed"] == kinds["no_code"] == "unparsed"
+    assert set(kinds.values()) == set(VERDICT_KINDS)
+
+
+def test_a_hybrid_kernel_counts_as_correct_and_as_fast_as_it_is() -> None:
+    cell = score([verdict("verified_hybrid", True, False), verdict("torch_fallback")], timed=True)
+    assert (cell["verified"], cell["fast_1"]["count"], cell["fast_2"]["count"]) == (1, 1, 0)
+
+
+def test_what_is_correct_is_the_verdicts_own_word_and_not_its_name() -> None:
+    odd = Verdict(key="p", verdict="verified", correctness=False, fast_0=False)
+    assert score([odd], timed=False)["verified"] == 0
+    assert compare([odd], [verdict("verified_hybrid")])["wins"] == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.problems import load_problems
+from triton_sft_pipeline.problems import fingerprint, load_problems
 
 CODE = """import torch
 import torch.nn as nn
@@ -105,3 +106,12 @@ def test_a_key_that_appears_twice_is_refused_with_both_lines(tmp_path: Path) -> 
     record = {"key": "a", "pytorch_code": CODE}
     with pytest.raises(PipelineError, match=r"line 2: the key 'a' is on line 1 already"):
         load_problems(write_jsonl(tmp_path / "p.jsonl", record, record))
+
+
+def test_what_python_thinks_of_the_style_of_a_problem_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "p.py").write_text('PATTERN = "\\d"\n' + CODE)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        (problem,) = load_problems(tmp_path)
+        fingerprint(problem.pytorch_code)
+    assert told == []

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from triton_sft_pipeline.verification import KernelJudge
+from triton_sft_pipeline.verification.lanes import Lane
 
 SECRET_VARIABLE = "JUDGE_TEST_API_TOKEN"
 
@@ -23,5 +24,14 @@ def judge() -> Iterator[KernelJudge]:
 @pytest.fixture(scope="session")
 def impatient_judge() -> Iterator[KernelJudge]:
     """For kernels that never end: the limit is what such a test takes."""
-    with KernelJudge(device="cpu", workers=2, trials=1, timeout_s=2.0) as judge:
+    with KernelJudge(device="cpu", workers=4, trials=1, timeout_s=2.0) as judge:
         yield judge
+
+
+@pytest.fixture(scope="session")
+def lane(judge: KernelJudge) -> Iterator[Lane]:
+    """Real children, to be asked without a judge."""
+    assert judge._zygote is not None
+    lane = Lane(judge._zygote, judge._limits(), None)
+    yield lane
+    lane.close()

@@ -3,6 +3,31 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, a kernel for it, and what the judge must say.
+
+    Attributes:
+        name: a few words that say what the kernel does; the test's id.
+        kind: which kind of attack, mistake or trap it is.
+        pytorch_code: the problem.
+        triton_code: the kernel.
+        verdicts: the names of the verdicts that are right; any of them will do.
+        mentions: what the verdict's sentence must contain.
+        needs_namespaces: the judge can only stop it where the host gives it namespaces. Such a kernel is right when
+            its attack succeeds, and raises when it does not.
+    """
+
+    name: str
+    kind: str
+    pytorch_code: str
+    triton_code: str
+    verdicts: frozenset[str]
+    mentions: str = ""
+    needs_namespaces: bool = False
 
 
 def problem(
@@ -76,3 +101,17 @@ return {result}
 
 DOUBLE = problem("x * 2")
 DOUBLE_KERNEL = pointwise_kernel("x * 2")
+LAUNCH = "pointwise[(triton.cdiv(x.numel(), 32),)](x, y, x.numel(), BLOCK=32)"
+# The body of a wrapper that is right.
+CALL = f"y = torch.empty_like(x)\n{LAUNCH}\nreturn y"
+# A contraction and, beside it, a cheap element-wise part.
+MATMUL = problem(
+    "F.relu(x @ self.weight)",
+    inputs="[torch.randn(16, 32)]",
+    init="self.weight = nn.Parameter(torch.randn(32, 32))",
+)
+
+
+def kernel(body: str, expression: str = "x * 2", signature: str = "x", prelude: str = "") -> str:
+    """The kernel `pointwise` for an expression, lines for the module, and a wrapper with the lines `body`."""
+    return pointwise(expression) + textwrap.dedent(prelude) + "\n" + wrapper(body, signature)

@@ -1,0 +1,53 @@
+"""The child's side of a conversation with the judge: one answer to each question, over a socket.
+
+A child that is about to use the GPU asks first, so that measurements run alone. Knows nothing of what is asked. The
+judge's side is `peer`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from triton_sft_pipeline.verification import wire
+from triton_sft_pipeline.verification.wire import Value
+
+Handler = Callable[..., dict[str, Value]]
+
+
+class GpuGate:
+    """The child's side of asking for the GPU. Without a GPU nobody has to ask."""
+
+    def __init__(self, sock: socket.socket, needed: bool) -> None:
+        self._socket = sock
+        self._needed = needed
+        self.entered = False
+
+    def enter(self) -> None:
+        """Wait until the GPU may be used, unless it may already."""
+        if self._needed and not self.entered:
+            wire.send(self._socket, {"want": "gpu"})
+            wire.receive(self._socket)
+            self.entered = True
+
+    def leave(self) -> None:
+        """Let measurements of others begin."""
+        if self.entered:
+            self.entered = False
+            wire.send(self._socket, {"done": "gpu"})
+
+
+def serve(sock: socket.socket, gate: GpuGate, handlers: dict[str, Handler]) -> None:
+    """Answer questions until the judge closes the connection."""
+    wire.send(sock, {"ready": True})
+    while True:
+        try:
+            question = wire.receive(sock)
+        except wire.ClosedError:
+            return
+        nonce, handler = question.pop("nonce"), handlers[str(question.pop("do"))]
+        gate.entered = False
+        answer = handler(**question)
+        # The answer itself ends the use of the GPU.
+        gate.entered = False
+        wire.send(sock, {**answer, "nonce": nonce})

@@ -1,0 +1,50 @@
+"""The bar on a terminal, as tqdm would draw it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from triton_sft_pipeline import progress
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every bar that is made."""
+    made: list[Any] = []
+
+    class Kept(progress.tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(progress, "tqdm", Kept)
+    return made
+
+
+def test_what_an_earlier_run_did_is_shown_as_done_and_not_in_the_rate(bars: list[Any]) -> None:
+    with progress.progress_bar("kernels", show=True, resumes=True) as update:
+        began = bars[0].start_t
+        update(900, 1000)
+        assert bars[0].format_dict | {"elapsed": 0} == bars[0].format_dict | {"elapsed": 0, "n": 900, "initial": 900}
+        assert bars[0].start_t >= began
+        update(910, 1000)
+        drawn = bars[0].format_meter(**{**bars[0].format_dict, "elapsed": 10.0, "rate": None, "ncols": None})
+    assert "91%" in drawn and "910/1000" in drawn
+    assert "[00:10<01:30,  1.00it/s]" in drawn, "ten in ten seconds, ninety to go"
+
+
+def test_a_bar_that_resumes_nothing_counts_from_its_first_call(bars: list[Any]) -> None:
+    with progress.progress_bar("answers", show=True) as update:
+        update(1, 4)
+        update(2, 4)
+        assert (bars[0].n, bars[0].total, bars[0].initial) == (2, 4, 0)
+
+
+def test_a_hidden_bar_takes_every_call(capsys: pytest.CaptureFixture[str]) -> None:
+    for resumes in (True, False):
+        with progress.progress_bar("kernels", show=False, resumes=resumes) as update:
+            update(0, 2)
+            update(2, 2)
+    assert capsys.readouterr() == ("", "")
