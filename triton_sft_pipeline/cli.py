@@ -249,14 +249,15 @@ def verify(
 
     \b
     Exit code 0  every record got a verdict, whatever it was
-              1  a record could not be judged; the others were
-              2  usage or input, or --out was judged in another way
+              1  a record could not be judged, the others were; or disk full
+              2  usage or input; --out was judged in another way, or is in use
     """
     from triton_sft_pipeline import labels
     from triton_sft_pipeline.label_table import outcome_lines
     from triton_sft_pipeline.progress import progress_bar
     from triton_sft_pipeline.verification import KernelJudge
 
+    labels.check_destinations(list(traces), out, relabel)
     everything = labels.read_judgeable(list(traces))
     records = [item for item in everything if isinstance(item, labels.Judgeable)]
     refused = [item for item in everything if isinstance(item, labels.Refused)]
@@ -264,13 +265,14 @@ def verify(
         click.echo(f"not judged: {item.sentence}", err=True)
     if not records:
         raise PipelineError("there is nothing to judge: no record has pytorch_code and triton_code.")
-    with (
-        KernelJudge(trials=trials, timing=not no_timing, compile_baseline=compile_baseline, **limits) as judge,
-        progress_bar("kernels", resumes=True) as progress,
-    ):
+    with KernelJudge(trials=trials, timing=not no_timing, compile_baseline=compile_baseline, **limits) as judge:
+        if judge.isolation == "process":
+            why = " ".join(judge.isolation_reason.split()) or "no reason is known"
+            click.echo(f"isolation is only process: kernels can read your files ({why})", err=True)
         times = judge.backend == "cuda" and not no_timing
         settings = labels.JudgeSettings(judge.backend, trials, times, times and compile_baseline)
-        judged = labels.judge_records(records, judge, out, settings, progress)
+        with progress_bar("kernels", resumes=True) as progress:
+            judged = labels.judge_records(records, judge, out, settings, progress)
     for line in (*outcome_lines(records, judged), f"verdicts   {out}"):
         _say(line)
     if relabel:

@@ -1,4 +1,4 @@
-"""What `triton-sft verify` says at its end: verdicts by label, the labels that do not hold, rate, device and isolation.
+"""What `triton-sft verify` says at its end: verdicts by label, labels that do not hold, rate, speed, device, isolation.
 
 Lines of at most 80 columns for a terminal. Pure: kernels and verdicts in, lines out; knows nothing of files or judges.
 """
@@ -26,6 +26,7 @@ def outcome_lines(kernels: Sequence[Judgeable], judged: Judged) -> Iterator[str]
     yield from _disagreements([(kernel, verdicts[kernel.identity]) for kernel in kernels])
     yield ""
     yield _rate(len(kernels), judged.judged_now, judged.seconds)
+    yield from _speed([verdicts[kernel.identity] for kernel in kernels])
     yield from _judged_on(list(verdicts.values()))
 
 
@@ -75,10 +76,26 @@ def _disagreements(judged: list[tuple[Judgeable, Verdict]]) -> Iterator[str]:
 def _rate(total: int, judged_now: int, seconds: float) -> str:
     earlier = f", {total - judged_now:,} judged earlier" if judged_now < total else ""
     if not judged_now:
-        return f"{total:,} kernels, all judged earlier"
+        return f"{_kernels(total)}, all judged earlier"
     minutes, rest = divmod(round(seconds), 60)
     took = f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-    return f"{judged_now:,} kernels in {took}, {60 * judged_now / max(seconds, 1e-9):.1f} a minute{earlier}"
+    rate = f", {60 * judged_now / seconds:.1f} a minute" if seconds >= 1 else ""
+    return f"{_kernels(judged_now)} in {took}{rate}{earlier}"
+
+
+def _kernels(count: int) -> str:
+    return f"{count:,} kernel{'' if count == 1 else 's'}"
+
+
+def _speed(verdicts: list[Verdict]) -> Iterator[str]:
+    """How many right kernels are faster, where speeds were measured at all."""
+    right = [verdict for verdict in verdicts if verdict.correctness]
+    timed = [verdict for verdict in right if verdict.speedup is not None]
+    if not timed:
+        return
+    fast = ", ".join(f"{name} {sum(bool(getattr(v, name)) for v in timed):,}" for name in ("fast_1", "fast_2"))
+    lost = f", {len(right) - len(timed):,} could not be" if len(timed) < len(right) else ""
+    yield f"speed      {fast} (low end of the interval), {len(timed):,} timed{lost}"
 
 
 def _judged_on(verdicts: list[Verdict]) -> Iterator[str]:

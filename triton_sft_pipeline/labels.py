@@ -6,17 +6,21 @@ keys repeat in real files. Knows nothing of how a verdict is found, or of how th
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.files import atomic_write_bytes, hash_json, json_bytes, write_json
+from triton_sft_pipeline.errors import PipelineError, StepError
+from triton_sft_pipeline.files import hash_json, json_bytes, write_json
 from triton_sft_pipeline.traces.reader import Break, open_trace_file, trace_files
 from triton_sft_pipeline.traces.record import Malformed, RawRecord
 from triton_sft_pipeline.verification import JUDGE_VERSION, JudgeItem, KernelJudge, Verdict
@@ -117,10 +121,34 @@ def read_judgeable(places: list[Path]) -> list[Judgeable | Refused]:
             elif isinstance(item, Malformed):
                 found.append(Refused(None, f"{item.file}, record {item.position}: {item.detail}"))
             elif why := _why_not(item.value):
-                found.append(Refused(item.value, f"{item.file}, record {item.position}: {why}"))
+                found.append(Refused(item.value, f"{item.file}, record {item.position}{_key_of(item.value)}: {why}"))
             else:
                 found += _kernels(item)
     return found
+
+
+def check_destinations(traces: list[Path], out: Path, relabel: Path | None) -> None:
+    """Refuse what cannot be written, or must not be written over, before anything is judged rather than after.
+
+    Raises:
+        PipelineError: a destination is one of the trace files, a folder or a device, or may not be written; or both are
+            the same file.
+    """
+    sources = {file.resolve() for place in traces for file in trace_files(place)}
+    for option, path in (("--out", out), ("--relabel", relabel)):
+        if path is None:
+            continue
+        if path.resolve() in sources:
+            raise PipelineError(f"{path}: these are the traces to judge. Give {option} another name.")
+        if path.exists() and not path.is_file() and (option, str(path)) != ("--out", os.devnull):
+            raise PipelineError(f"{path}: not a file. Give {option} the name of one.")
+        # Verdicts are appended; the relabelled traces are written beside and renamed.
+        appends = option == "--out" and path.exists()
+        touched = path if appends else next(folder for folder in path.absolute().parents if folder.exists())
+        if not os.access(touched, os.W_OK) or not (appends or touched.is_dir()):
+            raise PipelineError(f"{path}: {touched} cannot be written. Give {option} another place.")
+    if relabel is not None and relabel.resolve() == out.resolve():
+        raise PipelineError(f"{out}: named for --out and for --relabel. They need a file each.")
 
 
 def judge_records(
@@ -137,24 +165,23 @@ def judge_records(
 
     Raises:
         PipelineError: `out` is one of the trace files, holds something else than verdicts, or verdicts of another judge
-            or of other settings.
+            or of other settings; or another run is writing to it.
+        StepError: `out` can no longer be written, as on a full disk.
     """
     if any(out.resolve() == Path(r.record.file).resolve() for r in records):
         raise PipelineError(f"{out}: these are the traces to judge. Give --out another name.")
     began = time.monotonic()
-    known = _resume(out, settings)
     kernels = {r.identity: r for r in records}
-    todo = [kernel for identity, kernel in kernels.items() if identity not in known]
-    done = len(kernels) - len(todo)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("ab") as stream:
+    with _opened(out) as stream:
+        known = _resume(stream, out, settings)
+        todo = [kernel for identity, kernel in kernels.items() if identity not in known]
+        done = len(kernels) - len(todo)
         if progress:
             progress(done, len(kernels))
         for verdict in judge.verify_many(kernel.item for kernel in todo):
             known[verdict.key] = verdict
             line = _line(verdict, kernels[verdict.key], settings)
-            stream.write(json_bytes(json.dumps(line, ensure_ascii=False) + "\n"))
-            stream.flush()
+            _append(stream, out, json_bytes(json.dumps(line, ensure_ascii=False) + "\n"))
             done += 1
             if progress:
                 progress(done, len(kernels))
@@ -218,6 +245,12 @@ def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, 
 
 def _is_conversation(value: dict[str, Any]) -> bool:
     return "triton_code" not in value and ("turns" in value or "final_triton_code" in value)
+
+
+def _key_of(value: Any) -> str:
+    """How a person finds the record in its file: the sample_key, when there is one that a line can show."""
+    key = value.get("sample_key") if isinstance(value, dict) else None
+    return f" ({key})" if isinstance(key, str) and 0 < len(key) <= 80 and key.isprintable() else ""
 
 
 def _why_not(value: Any) -> str | None:
@@ -290,18 +323,49 @@ def _line(verdict: Verdict, kernel: Judgeable, settings: JudgeSettings) -> dict[
     return {"sample_key": record.value.get("sample_key"), **place, **judge, **verdict.to_dict()}
 
 
-def _resume(out: Path, settings: JudgeSettings) -> dict[str, Verdict]:
+@contextmanager
+def _opened(out: Path) -> Iterator[FileIO]:
+    """The verdicts file, for this run alone: two at once would each judge everything."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stream = FileIO(out, "a+")
+    except OSError as error:
+        raise PipelineError(f"{out}: cannot be written ({error.strerror}). Give --out another place.") from error
+    with stream:
+        # Not every file system knows locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PipelineError(
+                    f"{out}: another run is writing its verdicts there. Wait for it, or give --out another name."
+                ) from error
+        yield stream
+
+
+def _append(stream: FileIO, out: Path, data: bytes) -> None:
+    try:
+        while data:
+            data = data[stream.write(data) :]
+    except OSError as error:
+        raise StepError(
+            f"{out}: {error.strerror}. What was judged before is kept: start again with the same --out to go on."
+        ) from error
+
+
+def _resume(stream: FileIO, out: Path, settings: JudgeSettings) -> dict[str, Verdict]:
     """Verdicts of an earlier run. A last line that a kill cut off is removed from the file and judged again; a file of
     anything else is not touched.
     """
-    if not out.exists():
-        return {}
-    data = out.read_bytes()
+    stream.seek(0)
+    data = stream.readall()
     *lines, rest = data.split(b"\n")
     whole = [*lines, rest] if rest and not _is_cut_off(rest) else lines
     verdicts = [_verdict_of(line, f"{out}, line {number}", settings) for number, line in enumerate(whole, 1)]
-    if rest:
-        atomic_write_bytes(out, data + b"\n" if len(whole) > len(lines) else data[: -len(rest)])
+    if len(whole) > len(lines):
+        _append(stream, out, b"\n")
+    elif rest:
+        stream.truncate(len(data) - len(rest))
     return {verdict.key: verdict for verdict in verdicts}
 
 

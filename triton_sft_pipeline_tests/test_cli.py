@@ -298,6 +298,7 @@ class WordJudge:
     made: list[WordJudge]
     dies_after: int | None
     backend: str
+    isolation, isolation_reason = "namespaces", ""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments, self.asked = arguments, 0
@@ -375,6 +376,26 @@ def test_verify_hands_its_options_to_the_judge(run: Run, judge: type[WordJudge],
     }
 
 
+def test_verify_says_before_it_begins_that_kernels_can_read_files(
+    run: Run, judge: type[WordJudge], traces: Path
+) -> None:
+    assert run("verify", traces, "--out", "a.jsonl").err == ""
+    judge.isolation, judge.isolation_reason = "process", "as this user:\n  unshare: Operation not permitted"
+    judge.dies_after = 0
+    told = run("verify", traces, "--out", "b.jsonl").err.splitlines()[0]
+    assert told == (
+        "isolation is only process: kernels can read your files (as this user: unshare: Operation not permitted)"
+    )
+
+
+def test_verify_refuses_to_write_over_the_traces_before_it_judges(
+    run: Run, judge: type[WordJudge], traces: Path
+) -> None:
+    done = run("verify", traces, "--out", "v.jsonl", "--relabel", traces)
+    assert done.code == 2 and "Give --relabel another name" in one_message(done)
+    assert judge.made == [] and not Path("v.jsonl").exists()
+
+
 def test_verify_goes_on_where_it_was_interrupted(run: Run, judge: type[WordJudge], traces: Path) -> None:
     judge.dies_after = 5
     assert run("verify", traces, "--out", "v.jsonl").code == 130
@@ -413,7 +434,7 @@ def test_verify_exits_1_when_a_record_got_no_verdict_and_judges_the_others(
     done = run("verify", path, "--out", "v.jsonl", "--relabel", "new.json")
     assert done.code == 1
     assert done.err.splitlines() == [
-        f"not judged: {path}, record 1: pytorch_code is missing or no text",
+        f"not judged: {path}, record 1 (no code): pytorch_code is missing or no text",
         "triton-sft: 1 could not be judged; they are named above.",
     ]
     assert len(Path("v.jsonl").read_text().splitlines()) == 2 and len(json.loads(Path("new.json").read_text())) == 3

@@ -95,10 +95,27 @@ def test_no_line_is_wider_than_80_columns_and_none_moves_the_cursor() -> None:
         (3, 30.0, "3 kernels in 30.0 s, 6.0 a minute"),
         (2, 90.0, "2 kernels in 1 min 30 s, 1.3 a minute, 1 judged earlier"),
         (0, 0.1, "3 kernels, all judged earlier"),
+        (1, 0.02, "1 kernel in 0.0 s, 2 judged earlier"),
     ],
 )
 def test_the_rate_counts_this_run_alone(judged_now: int, seconds: float, said: str) -> None:
     assert said in shown([(None, "verified")] * 3, judged_now, seconds)
+
+
+def test_faster_kernels_are_counted_where_speeds_were_measured() -> None:
+    said = "speed      fast_1 2, fast_2 0 (low end of the interval), 2 timed"
+    rows: list[tuple[bool | None, str]] = [(None, "verified"), (None, "crash"), (None, "verified_hybrid")]
+    lines = shown(rows, speedup=2.1, fast_1=True, fast_2=False)
+    assert said in lines
+    assert not [line for line in shown(rows) if line.startswith("speed")]
+
+
+def test_right_kernels_whose_measurement_failed_are_told() -> None:
+    kernels = [Judgeable(RawRecord("t.json", n, 0, {}, ""), str(n), "x") for n in range(3)]
+    speeds: dict[str, Any] = {"0": {"speedup": 2.5, "fast_1": True, "fast_2": True}, "1": {}, "2": {}}
+    verdicts = {key: Verdict(key, "verified", True, True, **fields) for key, fields in speeds.items()}
+    lines = list(outcome_lines(kernels, Judged(verdicts, 3, 30.0)))
+    assert "speed      fast_1 1, fast_2 1 (low end of the interval), 1 timed, 2 could not be" in lines
 
 
 def test_device_and_isolation_are_those_of_the_verdicts() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.labels import (
     Judgeable,
     JudgeSettings,
     Refused,
+    check_destinations,
     judge_records,
     read_judgeable,
     relabelled,
@@ -76,7 +81,7 @@ def test_every_record_with_code_can_be_judged_and_the_rest_is_told(tmp_path: Pat
     assert [f.record.position for f in found] == [0, 2, 3]
     assert found[1].item.triton_code == "" and found[0].item.pytorch_code == record(1)["pytorch_code"]
     missing = "pytorch_code is missing or no text"
-    said = {1: missing, 4: missing, 5: "triton_code is no text"}
+    said = {"1": missing, "4 (sample_3)": missing, "5 (sample_4)": "triton_code is no text"}
     assert refused[:3] == [f"{path}, record {n}: {why}" for n, why in said.items()]
     assert refused[3].startswith(f"{path}: breaks off at byte") and len(refused) == 4
 
@@ -183,6 +188,87 @@ def test_the_traces_themselves_are_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="these are the traces to judge"):
         judged(both([path])[0], RecordingJudge(), tmp_path / "." / "t.json")
     assert path.read_bytes() == before
+
+
+def test_a_key_that_a_line_cannot_show_is_left_out(tmp_path: Path) -> None:
+    keys = ["a\x1b[31m", "k" * 81, 5, ""]
+    path = write_array(tmp_path / "t.json", [record(1, sample_key=key, pytorch_code=None) for key in keys])
+    assert all(f"record {n}: pytorch_code" in sentence for n, sentence in enumerate(both([path])[1]))
+
+
+def test_two_runs_never_share_a_file(tmp_path: Path) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [record(1), record(2)])])
+    out = tmp_path / "v.jsonl"
+
+    def beside(done: int, _: int) -> None:
+        before = out.read_bytes()
+        with pytest.raises(PipelineError, match="another run is writing its verdicts there"):
+            judged(found, RecordingJudge(), out)
+        assert out.read_bytes() == before and len(before.splitlines()) == done
+
+    judged(found, RecordingJudge(), out, progress=beside)
+    again = RecordingJudge()
+    assert len(judged(found, again, out)) == 2 and again.asked == [], "the first has let go of it"
+
+
+def test_a_full_disk_is_told_with_the_file_and_costs_no_verdict(tmp_path: Path) -> None:
+    found, _ = both([write_array(tmp_path / "t.json", [record(n) for n in range(4)])])
+    out = tmp_path / "v.jsonl"
+    whole = judged(found, RecordingJudge(), out)
+    data = out.read_bytes()
+    out.unlink()
+    # The size that a file may have stands in for the disk: writing stops in the middle of the third line.
+    room = data.index(b"\n", data.index(b"\n") + 1) + 30
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(StepError, match=r"v\.jsonl: File too large\. What was judged before is kept"):
+            judged(found, RecordingJudge(), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert out.read_bytes() == data[:room]
+    again = RecordingJudge()
+    assert judged(found, again, out) == whole and len(again.asked) == 2 and out.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("out", "relabel", "said"),
+    [
+        ("t.json", None, "t.json: these are the traces to judge. Give --out another name"),
+        ("v.jsonl", "./t.json", "t.json: these are the traces to judge. Give --relabel another name"),
+        ("v.jsonl", "link.json", "link.json: these are the traces to judge. Give --relabel another name"),
+        ("new", "./new", "new: named for --out and for --relabel. They need a file each"),
+        ("folder", None, "folder: not a file. Give --out the name of one"),
+        ("v.jsonl", "folder", "folder: not a file. Give --relabel the name of one"),
+        ("v.jsonl", "/dev/null", "/dev/null: not a file. Give --relabel the name of one"),
+        ("t.json/v.jsonl", None, "t.json cannot be written. Give --out another place"),
+        ("v.jsonl", "t.json/deep/new.json", "t.json cannot be written. Give --relabel another place"),
+    ],
+)
+def test_a_destination_that_cannot_be_is_refused_before_anything_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, relabel: str | None, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_array(tmp_path / "t.json", [{"nothing": "to judge"}])
+    Path("folder").mkdir()
+    Path("link.json").symlink_to("t.json")
+    with pytest.raises(PipelineError, match=re.escape(said)):
+        check_destinations([path], Path(out), relabel and Path(relabel))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link.json", "t.json"]
+
+
+def test_a_destination_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_array(tmp_path / "t.json", [record(1)])
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    # Root may write where the mode forbids it.
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != locked)
+    for out, relabel in ((locked / "new" / "v", None), (tmp_path / "v", locked / "new.json")):
+        with pytest.raises(PipelineError, match="locked cannot be written"):
+            check_destinations([path], out, relabel)
+    check_destinations([path], tmp_path / "deep" / "er" / "v", tmp_path / "deep" / "new.json")
+    check_destinations([path], Path(os.devnull), None)
 
 
 def test_relabelling_replaces_the_result_and_nothing_else(tmp_path: Path) -> None:
@@ -375,7 +461,7 @@ def test_turns_with_the_same_code_are_different_kernels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("turns", [5, [5], [{"triton_code": 5}]])
 def test_turns_that_are_none_are_told(tmp_path: Path, turns: Any) -> None:
     found, refused = both([write_array(tmp_path / "t.json", [conversation(1, [], None, turns=turns)])])
-    assert found == [] and "record 0: t" in refused[0]
+    assert found == [] and "record 0 (sample_1): t" in refused[0]
 
 
 def test_relabelling_replaces_the_result_of_each_turn_and_the_final_one(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class BenchSession:
         """Get ready to measure on mixtures of two draws: {"max_queued"}, see `queue`. None for what is held here."""
 
         def run() -> dict[str, Value]:
-            cores.come_forward()
+            cores.stand_aside()
             first = self._held() if a is None else tensors.from_wire(a, "cuda")
             second = first if b is None else tensors.from_wire(b, "cuda")
             self._bench = Bench(self._call, first, second, cast(Clock, self._clock))
@@ -77,9 +77,10 @@ class BenchSession:
         """Measure one call for each seed: {"ms", "launches", "output"}; `output` is the kept call's."""
 
         def run() -> dict[str, Value]:
+            cores.come_forward()
             before = self._launches()
             times = self._bench.block(list(seeds), keep)
-            launches = self._launches() - before
+            launches = (self._launches() - before) // self._bench.passes
             output = None if keep is None else tensors.to_wire(self._bench.kept)
             return {"ms": tuple(times), "launches": launches, "output": output}
 
@@ -89,6 +90,7 @@ class BenchSession:
         """Run `count` calls back to back, behind a pause that is long enough to launch `room` of them."""
 
         def run() -> dict[str, Value]:
+            cores.come_forward()
             self._bench.queue(count, cover=room)
             return {}
 
@@ -98,6 +100,7 @@ class BenchSession:
         """As `block`, with replays of a CUDA graph of the call; "ms" is None when it cannot be captured."""
 
         def run() -> dict[str, Value]:
+            cores.come_forward()
             times = self._bench.graph(list(seeds), keep)
             if times is None:
                 return {"ms": None, "output": None}

@@ -25,7 +25,7 @@ def come_forward() -> None:
 
 
 def _run_on(processors: list[int]) -> None:
-    if len(_ALL) >= _FEWEST:
+    if len(_ALL) >= _FEWEST and os.sched_getaffinity(0) != set(processors):
         # Where it is not allowed there is nothing to lose but quiet.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, processors)

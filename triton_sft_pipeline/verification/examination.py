@@ -41,7 +41,9 @@ _MORE_SPACE = 64 << 20
 _FREE_SCALARS = 8
 # What a process says that it has done beyond this is no number.
 _MOST_WORK = 1e30
-_FIELDS = {"output", "inputs", "arguments", "aliases", "launches", "compute", "copy", "scalars", "operators"}
+_FIELDS = {"output", "inputs", "arguments", "aliases", "launches", "side_launches", "compute", "copy", "scalars"} | {
+    "operators"
+}
 _COMPUTED_BEFORE = "The answer stands in an argument before any Triton kernel has run: something else computes it."
 
 
@@ -137,7 +139,8 @@ class _Examiner:
             return problem, None
         finding, share = _judge_work(self._answers, self._reference)
         if finding.verdict in RIGHT and self._telling is not None:
-            inputs = None if self._reference.is_huge else self._telling.inputs
+            held = self._reference.is_huge and self._answers[-1]["inputs"] is None
+            inputs = None if held else self._telling.inputs
             ablated = self._ask("ablate", inputs=inputs, sizes=_sizes(self._telling))
             finding = _without_kernels(ablated, self._telling, self._reference) or finding
         return finding, share
@@ -191,6 +194,9 @@ def _judge_answer(answer: dict[str, Any], step: _Step, earlier: list[Trial], ref
         return Finding("forged_result", "The kernel's process sent something else than an answer.")
     wrong = compare(step.trial.output, answer["output"], step.trial.slack)
     if wrong:
+        if _number(answer["side_launches"]) and wrong.verdict in ("incorrect_numerical", "incorrect_nan"):
+            detail = f"{step.name}: the kernel returns before its work on another stream is done. {wrong.detail}"
+            return Finding("stream_escape", detail)
         if wrong.verdict == "incorrect_numerical" and _is_old(answer["output"], earlier):
             return Finding("output_cached", f"{step.name}: the kernel returns the answer of an earlier call.")
         hint = " It may read memory that nothing has written." if wrong.verdict == "incorrect_nan" else ""

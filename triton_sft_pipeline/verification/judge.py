@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +108,7 @@ class KernelJudge:
         self._compile_baseline = compile_baseline
         self._traffic = Traffic(batch=max(1, self.workers // 2))
         self._references = ReferenceCache()
+        self._huge = threading.Lock()
         self._zygote: ZygoteClient | None = None
 
     def __enter__(self) -> KernelJudge:
@@ -199,9 +201,12 @@ class KernelJudge:
 
     def _decide(self, lane: Lane, pytorch_code: str, triton_code: str, alone: bool) -> _Decision:
         prepare = lambda code: self._prepare(lane, code, alone)  # noqa: E731
-        with self._references.borrow(pytorch_code, prepare) as reference:
+        with self._references.borrow(pytorch_code, prepare, wait=not alone) as reference, ExitStack() as held:
             if reference.failure:
                 return _Decision(Examination(reference.failure))
+            if reference.is_huge and not alone:
+                # Two of them at once would not fit.
+                held.enter_context(self._huge)
             decision = self._decide_with_binding(lane, pytorch_code, reference, triton_code, 0, alone)
             for binding in range(1, decision.examination.bindings):
                 if decision.examination.finding.verdict not in _PERHAPS_BINDING:
@@ -269,6 +274,10 @@ class KernelJudge:
             return Reference(failure=Finding("reference_error", f"The reference's process {how}."))
         if answer.get("dirty"):
             lane.drop_reference()
+        if answer.get("verdict") == "resource_limit":
+            if not alone:
+                raise ZygoteDiedError("the reference ran out of memory beside others")
+            answer["verdict"] = "reference_error"
         return _without_degenerate(Reference.from_answer(answer))
 
     def _measures(self) -> bool:

@@ -22,6 +22,7 @@ from triton_sft_pipeline.verification.loading import classify, load_code
 from triton_sft_pipeline.verification.operators import OperatorLog
 from triton_sft_pipeline.verification.session import GpuGate, Handler
 from triton_sft_pipeline.verification.session import serve as answer_questions
+from triton_sft_pipeline.verification.streams import SideStreams
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import Value, nbytes
 
@@ -74,6 +75,7 @@ class KernelSession:
             lambda: self._inputs,
             lambda: self._monitor.count,
         )
+        self._side = SideStreams() if self._device == "cuda" else None
         self._threads = tampering.ThreadCounter()
         self._fingerprint = tampering.fingerprint()
         self._weights: Any = None
@@ -131,7 +133,8 @@ class KernelSession:
             sizes: numbers of elements; arguments of the first launch that have so many are sent back, too.
 
         Returns:
-            {"output", "inputs", "arguments", "aliases", "launches", "compute", "copy", "scalars", "operators"}:
+            {"output", "inputs", "arguments", "aliases", "launches", "side_launches", "compute", "copy",
+            "scalars", "operators"}:
             `inputs` as the call left them, None when they were not touched; `arguments` as they were before the first
             launch; `aliases` are the outputs that share memory with an input, by position.
             {"verdict", "detail"} when the call failed.
@@ -142,7 +145,8 @@ class KernelSession:
             self.gate.enter()
         before = tensors.clone(given)
         self.gate.leave()
-        self._monitor.before_launch = self.gate.enter
+        late = 0 if self._side is None else self._side.late
+        self._monitor.before_launch = self._before_launch
         log = OperatorLog(self._monitor, poison=True)
         log.before_compute = self.gate.enter
         self._monitor.count = 0
@@ -170,6 +174,7 @@ class KernelSession:
             "compute": float(log.compute),
             "copy": float(log.copy),
             "scalars": log.scalars,
+            "side_launches": 0 if self._side is None else self._side.late - late,
             "operators": tuple(name for name, _ in log.top(4)),
         }
         return reply | work
@@ -197,6 +202,7 @@ class KernelSession:
 
     def inspect(self) -> dict[str, Value]:
         """What the kernel has left behind by now."""
+        cores.stand_aside()
         return self._suspicion()
 
     def recall(self) -> dict[str, Value]:
@@ -205,6 +211,11 @@ class KernelSession:
             return {"output": tensors.to_wire(self._first_output)} | self._suspicion()
         except BaseException as error:
             return self._failure(error)
+
+    def _before_launch(self) -> None:
+        self.gate.enter()
+        if self._side is not None:
+            self._side.hold_up()
 
     def _run(self, given: Any, log: OperatorLog) -> Any:
         import torch

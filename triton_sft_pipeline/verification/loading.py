@@ -47,7 +47,7 @@ def classify(error: BaseException, file: Path) -> Finding:
         return Finding("unsupported_on_cpu", detail)
     if isinstance(error, UnsupportedValueError):
         return Finding("lazy_output", f"The kernel returns {error}; return plain tensors.")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Finding("resource_limit", f"Out of memory: {detail}")
     if isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.EMFILE):
         return Finding("resource_limit", f"Too large or too many files: {detail}")
@@ -78,7 +78,8 @@ def _is_from_triton(error: BaseException, file: Path) -> bool:
     return raised_by_triton and not isinstance(error, RuntimeError | OSError)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this exception says that the host or the GPU has no memory left."""
     import torch
 
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):

@@ -17,8 +17,9 @@ from typing import Any
 from triton_sft_pipeline.verification import cores, mixing, tensors
 from triton_sft_pipeline.verification.bench_session import BenchSession
 from triton_sft_pipeline.verification.launches import LaunchMonitor
-from triton_sft_pipeline.verification.loading import explain, load_code
+from triton_sft_pipeline.verification.loading import explain, is_out_of_memory, load_code
 from triton_sft_pipeline.verification.operators import OperatorLog
+from triton_sft_pipeline.verification.precision import allowance, full_precision
 from triton_sft_pipeline.verification.problem_code import (
     ReferenceFailure,
     build_module,
@@ -36,12 +37,9 @@ from triton_sft_pipeline.verification.tensors import UnsupportedValueError, tens
 from triton_sft_pipeline.verification.wire import Value
 
 CODE = "reference.py"
-# Beyond the tolerance a kernel may be off by this many times PyTorch's own error, but never by more than this share of
-# the largest value.
-_ERRORS_ALLOWED = 2.0
-_MAX_SLACK = 0.01
 # Inputs of gigabytes are drawn and tried once, and nothing is derived from them.
 _MAX_DERIVED_BYTES = 1 << 30
+_MAX_RESERVED = 1 << 30
 # Inputs that no draw gave are only used where PyTorch computes this precisely on them.
 _WELL_CONDITIONED = 1e-5
 
@@ -99,10 +97,14 @@ class ReferenceSession:
             return {"verdict": "reference_error", "detail": detail, "dirty": True}
         # Whatever the problem's code raises is a fact about the problem.
         except BaseException as error:
-            return self._failure(error) | {"dirty": True}
+            short = is_out_of_memory(error)
+            return self._failure(error) | {"dirty": True} | ({"verdict": "resource_limit"} if short else {})
+        finally:
+            self._release()
 
     def adopt(self, code: str, class_name: str) -> dict[str, Value]:
         """Load a problem that another process prepared, to measure it here."""
+        cores.stand_aside()
         self.gate.enter()
         try:
             if code != self._source:
@@ -115,6 +117,7 @@ class ReferenceSession:
 
     def expect(self, a: Value, b: Value, seeds: tuple[int, ...]) -> dict[str, Value]:
         """{"outputs"} for the mixtures of two draws with these seeds."""
+        cores.stand_aside()
         self.gate.enter()
         try:
             draws = tensors.from_wire(a, self._device), tensors.from_wire(b, self._device)
@@ -136,9 +139,9 @@ class ReferenceSession:
         assert self._code is not None
         if self._device == "cpu":
             refuse_huge_inputs(self._code)
+        cores.stand_aside()
         draws = draw_inputs(self._code, trials)
         self._first_draw = draws[0]
-        cores.stand_aside()
         classes = module_classes(self._file, self._code)
         module, class_name = build_module(self._code, classes, lambda: self._fresh(draws[0]), self._device)
         described = describe_state(self._code, module, len(draws[0]))
@@ -166,6 +169,13 @@ class ReferenceSession:
             "aliases": aliases,
             "uses_bfloat16": "bfloat16" in code or any(str(tensor.dtype) == "torch.bfloat16" for tensor in holds),
         }
+
+    def _release(self) -> None:
+        """Give memory that is free in this process to the others."""
+        import torch
+
+        if self._device == "cuda" and torch.cuda.memory_reserved() > _MAX_RESERVED:
+            torch.cuda.empty_cache()
 
     def _load(self, code: str) -> None:
         self._source = ""
@@ -213,7 +223,7 @@ class ReferenceSession:
         if module is self._module:
             module.load_state_dict(self._initial)
         self.gate.enter()
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), full_precision():
             return tensors.to_plain(module(*inputs), tensors.same)
 
     def _trial(self, draw: Any, slack: tuple[float, ...] = ()) -> tuple[dict[str, Value], Any]:
@@ -285,7 +295,7 @@ class ReferenceSession:
         exact = leaves if double is None else list(tensors_in(double))
         if not len(usual) == len(exact) == len(leaves):
             return tuple(0.0 for _ in leaves)
-        return tuple(_allowance(a, b, c) for a, b, c in zip(leaves, usual, exact, strict=True))
+        return tuple(allowance(a, b, c) for a, b, c in zip(leaves, usual, exact, strict=True))
 
     def _refuse_chance(self, draw: Any, first: Any) -> None:
         """Other random numbers, same inputs: a reference that depends on them has no right answer."""
@@ -315,38 +325,6 @@ class ReferenceSession:
 
     def _failure(self, error: BaseException) -> dict[str, Value]:
         return {"verdict": "reference_error", "detail": f"The reference fails: {explain(error, self._file)}"}
-
-
-class _full_precision:
-    """Expected values in full float32: in TF32, PyTorch's default for convolutions, they are off by more than the
-    tolerance. Not where the reference is measured.
-    """
-
-    def __enter__(self) -> None:
-        import torch
-
-        backends = torch.backends
-        self._before = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
-        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *error: object) -> None:
-        import torch
-
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self._before
-
-
-def _allowance(strict: Any, usual: Any, exact: Any) -> float:
-    """See `_ERRORS_ALLOWED`; 0.0 for values that are not floating-point numbers."""
-    import torch
-
-    if not strict.is_floating_point() or strict.numel() == 0 or not strict.shape == usual.shape == exact.shape:
-        return 0.0
-    difference = (usual.double() - exact.double()).abs()
-    difference = torch.maximum(difference, (strict.double() - exact.double()).abs())
-    error = float(difference.nan_to_num(0.0, 0.0, 0.0).max())
-    largest = float(exact.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
-    allowed = _ERRORS_ALLOWED * error
-    return allowed if allowed <= _MAX_SLACK * largest else 0.0
 
 
 def _secret() -> int:

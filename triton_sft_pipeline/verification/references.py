@@ -82,7 +82,7 @@ class Reference:
     @property
     def is_huge(self) -> bool:
         """Too large to be sent to a process twice."""
-        return len(self.trials) == 1 and self.output_bytes > _HUGE_BYTES
+        return len(self.all_trials) == 1 and self.output_bytes > _HUGE_BYTES
 
     @property
     def output_bytes(self) -> int:
@@ -130,18 +130,30 @@ class ReferenceCache:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     @contextmanager
-    def borrow(self, pytorch_code: str, prepare: Callable[[str], Reference]) -> Iterator[Reference]:
-        """The reference for this code; prepared now if need be, by one caller while others wait for it."""
+    def borrow(self, pytorch_code: str, prepare: Callable[[str], Reference], wait: bool = True) -> Iterator[Reference]:
+        """The reference for this code; prepared now if need be, by one caller while others wait for it.
+
+        Args:
+            pytorch_code: the problem.
+            prepare: called with the code.
+            wait: false for a caller that others wait for: it prepares one for itself while another is at it.
+        """
         key = sha256_bytes(pytorch_code.encode("utf-8", "surrogatepass"))
         with self._lock:
             entry = self._entries.setdefault(key, _Entry())
             self._entries.move_to_end(key)
             entry.users += 1
         try:
-            with entry.lock:
-                if entry.reference is None:
-                    entry.reference = prepare(pytorch_code)
-            yield entry.reference
+            if entry.lock.acquire(blocking=wait):
+                try:
+                    if entry.reference is None:
+                        entry.reference = prepare(pytorch_code)
+                finally:
+                    entry.lock.release()
+                reference = entry.reference
+            else:
+                reference = prepare(pytorch_code)
+            yield reference
         finally:
             with self._lock:
                 entry.users -= 1

@@ -17,6 +17,7 @@ DATA = Path(__file__).parents[2] / "data"
 RECORDS: list[dict[str, Any]] = json.loads((DATA / "reasoning_traces.json").read_text(encoding="utf-8"))
 TEXTS = ("sample_key", "source", "name", "model_reasoning", "thinking", "triton_code", "full_completion", "timestamp")
 LABELS = ("correctness", "speedup", "fast_0", "fast_1", "fast_2", "error")
+MEASURED = ("reference_time_ms", "reference_iqr_ms", "kernel_time_ms", "kernel_iqr_ms", "speedup_low", "speedup_high")
 
 
 def kind(record: dict[str, Any]) -> str:
@@ -74,8 +75,12 @@ def test_a_record_follows_the_schema(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("record", JUDGED, ids=by_key)
 def test_a_result_agrees_with_itself(record: dict[str, Any]) -> None:
     result = record["result"]
-    assert set(result) == {*LABELS, "reference_time_ms", "kernel_time_ms"}
-    assert (result["kernel_time_ms"] is not None) == result["correctness"], "every label was measured"
+    assert set(result) == {*LABELS, *MEASURED, "launch_bound"}
+    for name in (*MEASURED, "launch_bound"):
+        assert (result[name] is not None) == result["correctness"], "every right kernel was measured, and no other"
+    if result["correctness"]:
+        assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
+        assert result["speedup"] == pytest.approx(result["reference_time_ms"] / result["kernel_time_ms"], rel=1e-3)
     assert result["fast_0"] == result["correctness"]
     assert result["fast_1"] == (result["correctness"] and result["speedup"] > 1.0)
     assert result["fast_2"] == (result["correctness"] and result["speedup"] >= 2.0)
@@ -118,6 +123,14 @@ def test_a_problem_has_one_name_and_one_number() -> None:
             seen.setdefault(fingerprint(record["pytorch_code"]), set()).add((record["name"], record["problem_id"]))
     assert all(len(labels) == 1 for labels in seen.values())
     assert len({number for labels in seen.values() for _, number in labels}) == len(seen)
+
+
+def test_as_many_kernels_are_faster_as_the_readme_says() -> None:
+    results = [record["result"] for record in CORRECT]
+    assert (sum(r["fast_1"] for r in results), sum(r["fast_2"] for r in results)) == (28, 10)
+    lows = [r["speedup_low"] for r in results]
+    assert (sum(low > 1.0 for low in lows), sum(low >= 2.0 for low in lows)) == (24, 7)
+    assert all(r["launch_bound"] for r in results)
 
 
 def test_the_slow_kernel_is_correct_and_not_faster_than_pytorch() -> None:

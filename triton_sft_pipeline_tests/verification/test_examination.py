@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.verification import VERDICTS
+from triton_sft_pipeline.verification import VERDICTS, references
 from triton_sft_pipeline.verification.examination import RIGHT, Examination, examine, reported
 from triton_sft_pipeline.verification.peer import Clock
 from triton_sft_pipeline.verification.references import Reference
@@ -148,6 +148,34 @@ def test_an_earlier_answer_for_new_inputs_is_a_cached_one() -> None:
     assert found.finding.verdict == "output_cached" and "Trial 2" in found.finding.detail
 
 
+@pytest.mark.parametrize("change", [off_by(0.1), off_by(math.nan)])
+def test_a_wrong_output_with_work_on_another_stream_has_escaped(change: Change) -> None:
+    found = examined(Doubler(lambda number, answer: change(number, answer) | {"side_launches": 2})).finding
+    assert found.verdict == "stream_escape"
+    assert found.detail.startswith("Trial 1 of 2: ") and "on another stream" in found.detail
+
+
+def test_an_old_answer_with_work_on_another_stream_has_escaped_too() -> None:
+    assert verdict_of(always(output=array([2.0, -4.0, 6.0]), side_launches=1)) == "stream_escape"
+
+
+def test_a_right_output_with_work_on_another_stream_was_waited_for() -> None:
+    assert verdict_of(always(side_launches=3)) == "verified"
+
+
+def test_only_work_on_another_stream_in_the_wrong_call_itself_counts() -> None:
+    def earlier(number: int, answer: Answer) -> Answer:
+        return answer | ({"side_launches": 3} if number == 0 else {"output": array([9.0] * 3)})
+
+    assert verdict_of(earlier) == "incorrect_numerical"
+
+
+@pytest.mark.parametrize("side_launches", [0, -1, math.nan, "many", None, ({},)])
+def test_no_number_of_launches_on_another_stream_excuses_or_explains_a_wrong_output(side_launches: Any) -> None:
+    wrong = lambda number, answer: off_by(0.1)(number, answer) | {"side_launches": side_launches}  # noqa: E731
+    assert verdict_of(wrong) == "incorrect_numerical"
+
+
 def test_nan_in_an_output_comes_with_a_hint_at_memory_that_was_not_written() -> None:
     found = examined(Doubler(in_call(2, output=array([math.nan, 0.0, 0.0]))))
     assert found.finding.verdict == "incorrect_nan"
@@ -246,6 +274,16 @@ def test_the_trial_that_looks_least_like_zeros_is_repeated_without_kernels() -> 
     examine(peer, reference, "code", 0, Clock(10.0))  # type: ignore[arg-type]
     (fields,) = [fields for name, fields in peer.asked if name == "ablate"]
     assert fields == {"inputs": reference.trials[1].inputs, "sizes": (2,)}
+
+
+def test_inputs_of_gigabytes_are_not_sent_again_to_be_called_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "_HUGE_BYTES", 16)
+    for draws, expected in ((([1.0, 2.0, 3.0],), None), (([1.0],), array([1.0]))):
+        peer = ScriptedPeer(Doubler())
+        reference = Reference(trials=tuple(map(trial, draws)), compute=3.0)
+        examine(peer, reference, "code", 0, Clock(10.0))  # type: ignore[arg-type]
+        (fields,) = [fields for name, fields in peer.asked if name == "ablate"]
+        assert fields["inputs"] == (None if expected is None else (expected,))
 
 
 def test_an_empty_output_needs_no_launch() -> None:

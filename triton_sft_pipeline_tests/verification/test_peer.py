@@ -257,6 +257,48 @@ def test_nobody_waits_for_a_turn_where_the_caller_is_alone_or_there_is_no_gpu() 
     assert traffic.turns == 0 and not gate.entered
 
 
+def test_a_child_that_is_alone_is_never_kept_waiting_and_takes_no_turn_of_others() -> None:
+    traffic = CountingTraffic()
+
+    def serve(sock: socket.socket) -> None:
+        gate = GpuGate(sock, needed=True)
+        session.serve(sock, gate, {"use": lambda: entering(gate)})
+
+    with connected(serve, traffic) as peer:
+        peer.wait_ready(WAIT_S)
+        peer.alone = True
+        with traffic.alone():
+            assert peer.ask("use", Clock(WAIT_S)) == {}
+            with peer.using_gpu(Clock(WAIT_S)):
+                assert peer.ask("use", Clock(WAIT_S)) == {}
+        assert traffic.turns == 0
+        peer.alone = False
+        with peer.using_gpu(Clock(WAIT_S)):
+            assert traffic.present == 1
+            assert peer.ask("use", Clock(WAIT_S)) == {}
+        peer.ask("use", Clock(WAIT_S))
+        assert (traffic.turns, traffic.present) == (2, 0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_asking_for_the_gpu_twice_breaks_the_protocol(alone: bool) -> None:
+    wish = lambda question: {"want": "gpu"}  # noqa: E731
+    traffic = CountingTraffic()
+    with connected(replying(wish, wish), traffic) as peer:
+        peer.alone = alone
+        with pytest.raises(WireError, match="asked for twice"):
+            peer.ask("call", Clock(WAIT_S))
+    assert (traffic.turns, traffic.present) == (0 if alone else 1, 0)
+
+
+def test_the_gpu_may_be_asked_for_again_after_it_was_given_back() -> None:
+    wish, end = (lambda question: {"want": "gpu"}), (lambda question: {"done": "gpu"})
+    traffic = CountingTraffic()
+    with connected(replying(wish, end, wish, lambda question: {"nonce": question["nonce"]}), traffic) as peer:
+        assert peer.ask("call", Clock(WAIT_S)) == {}
+    assert (traffic.turns, traffic.present) == (2, 0)
+
+
 def test_the_gpu_is_given_back_when_a_child_dies_or_cheats_while_it_has_it() -> None:
     def die(sock: socket.socket) -> None:
         wire.receive(sock)

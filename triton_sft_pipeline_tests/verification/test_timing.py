@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
-import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from triton_sft_pipeline.verification import mixing
-from triton_sft_pipeline.verification.timing import Bench, CudaClock, HostClock, pool_size
+from triton_sft_pipeline.verification.timing import Bench, HostClock, pool_size
 
 FLUSH_MS = 0.03
 
@@ -255,111 +253,68 @@ def test_the_launch_is_measured_without_waiting_for_the_device() -> None:
     assert settled.is_covered and not bench(Gpu(), 2.5, 8.0).warm_up().is_covered
 
 
-def judged_ms(gpu: Gpu, one: Bench, n: int) -> float:
-    """What an outside clock finds for one call."""
-
-    def took(n: int, cover: int) -> float:
-        began = gpu.host
-        one.queue(n, cover)
-        return gpu.host - began
-
-    return (took(n, n) - took(0, n)) / n
-
-
-def test_an_outside_clock_finds_the_time_of_a_call_from_two_queues() -> None:
-    gpu = Gpu()
-    one = bench(gpu, 0.1, 0.0067)
-    n = one.warm_up().max_queued
-    assert n == 100
-    assert judged_ms(gpu, one, n) == pytest.approx(0.0067)
-
-
-def test_an_outside_clock_sees_what_runs_on_a_stream_that_the_marks_do_not_see() -> None:
-    gpu = Gpu()
-    one = Bench(lambda x: gpu.launch_aside(0.1, 0.5), *draws(), gpu)
-    assert max(one.block(range(5))) < 0.001
-    assert judged_ms(gpu, one, 50) == pytest.approx(0.5)
-
-
-def test_a_queue_hands_over_all_calls_before_it_waits() -> None:
-    gpu = Gpu()
-    one = bench(gpu, 0.1, 0.01)
-    one.warm_up()
-    gpu.log.clear()
-    one.queue(3)
-    one.queue(0, cover=3)
-    calls = ["call"] * 3
-    assert gpu.log == ["synchronize", "sleep", *calls, "synchronize", "synchronize", "sleep", "synchronize"]
-    assert gpu.sleeps == [pytest.approx(3 * 0.15 + 0.03)] * 2
-
-
-def test_the_sleep_of_a_queue_has_a_limit_and_says_how_many_calls_it_covers() -> None:
-    gpu = Gpu()
-    one = bench(gpu, 4.0, 0.01)
-    n = one.warm_up().max_queued
-    one.queue(n)
-    one.queue(50)
-    assert n == 8
-    assert gpu.sleeps == [pytest.approx(48.03), 50.0]
-    assert bench(Gpu(), 200.0, 0.01).warm_up().max_queued == 1
-
-
-def test_a_queue_gives_calls_that_write_into_their_inputs_sane_ones() -> None:
-    seen: list[float] = []
-
-    def call(x: Any) -> None:
-        seen.append(float(x.max()))
-        x.add_(1)
-
-    one = Bench(call, *draws(), HostClock())
-    for _ in range(3):
-        one.queue(8)
-    assert set(seen) == {1.0}
-
-
-def test_a_graph_is_timed_with_fresh_values_in_one_place() -> None:
-    import torch
-
-    gpu, addresses = Gpu(), set[int]()
+def busier(gpu: Gpu, later_ms: Callable[[int], float]) -> tuple[Bench, list[float]]:
+    """A call whose launch takes 0.1 ms while it warms up and `later_ms(number)` after that; and what it was given."""
+    calls, given = list[None](), list[float]()
 
     def call(x: Any) -> Any:
-        addresses.add(x.data_ptr())
-        gpu.launch(0.0, 0.25)
-        return x * 3
-
-    a, b = draws()
-    one = Bench(call, a, b, gpu)
-    one.warm_up()
-    addresses.clear()
-    times = one.graph([4, 5, 6], keep=2)
-    assert times == [pytest.approx(0.25)] * 3
-    assert len(addresses) == 1 and torch.equal(one.kept, mixing.mix(a, b, 6)[0] * 3)
-    default = one.graph()
-    assert default is not None and len(default) == 20
-
-
-def test_a_call_that_cannot_be_recorded_has_no_graph_and_can_still_be_timed() -> None:
-    gpu = Gpu()
-    gpu.refuses_capture = True
-    one = bench(gpu, 0.1, 0.25)
-    assert one.graph() is None
-    assert one.block([1]) == [pytest.approx(0.25)]
-    assert Bench(lambda x: x, *draws(), HostClock()).graph() is None
-
-
-def test_a_graph_that_fails_when_it_runs_gives_no_times() -> None:
-    import torch
-
-    gpu, calls = Gpu(), list[None]()
-
-    def call(x: Any) -> Any:
+        gpu.launch(0.1 if len(calls) < 6 else later_ms(len(calls) - 6), 0.01)
         calls.append(None)
-        if len(calls) > 12:
-            raise RuntimeError("an illegal memory access was encountered")
-        gpu.launch(0.1, 0.25)
-        return torch.zeros(1)
+        given.append(float(x.sum()))
+        return x.clone()
 
-    assert Bench(call, *draws(), gpu).graph(keep=0) is None and len(calls) == 13
+    one = Bench(call, *draws(), gpu)
+    assert one.warm_up().calls == 6
+    given.clear()
+    return one, given
+
+
+def test_a_block_on_a_processor_that_has_become_busier_is_measured_again_behind_longer_sleeps() -> None:
+    import torch
+
+    gpu = Gpu()
+    one, given = busier(gpu, lambda number: 0.3 + 0.05 * (number % 2))
+    assert one.block([1, 2, 3, 4], keep=2) == [pytest.approx(0.01)] * 4
+    assert gpu.sleeps == [pytest.approx(0.18)] * 4 + [pytest.approx(0.555)] * 4
+    # On the same inputs, and the output that is kept is one of those that count.
+    assert given[:4] == given[4:] and torch.equal(one.kept, mixing.mix(*draws(), 3)[0])
+    gpu.sleeps.clear()
+    assert one.block([5, 6]) == [pytest.approx(0.01)] * 2
+    assert gpu.sleeps == [pytest.approx(0.555)] * 2
+
+
+def test_a_single_launch_that_was_slow_is_no_reason_to_measure_again() -> None:
+    gpu = Gpu()
+    one, _ = busier(gpu, lambda number: 50.0 if number == 1 else 0.1)
+    times = one.block([1, 2, 3])
+    assert (times[0], times[2]) == (pytest.approx(0.01), pytest.approx(0.01)) and times[1] > 49
+    assert gpu.sleeps == [pytest.approx(0.18)] * 3
+
+
+def test_a_launch_that_waits_for_something_is_given_four_times_as_long_and_no_more() -> None:
+    gpu = Gpu()
+    one, _ = busier(gpu, lambda number: 30.0)
+    for _ in range(3):
+        assert min(one.block([1, 2])) > 29
+    # Measured again once, in the first block.
+    assert gpu.sleeps == [pytest.approx(0.18)] * 2 + [pytest.approx(0.63)] * 6
+
+
+def test_a_processor_that_becomes_less_busy_changes_nothing() -> None:
+    gpu = Gpu()
+    one, _ = busier(gpu, lambda number: 0.01)
+    assert one.block([1, 2]) == [pytest.approx(0.01)] * 2
+    assert gpu.sleeps == [pytest.approx(0.18)] * 2
+
+
+def test_a_new_warm_up_forgets_how_busy_the_processor_was() -> None:
+    gpu = Gpu()
+    one, _ = busier(gpu, lambda number: 0.3 if number < 4 else 0.1)
+    one.block([1, 2])
+    one.warm_up()
+    gpu.sleeps.clear()
+    one.block([1])
+    assert gpu.sleeps == [pytest.approx(0.18)]
 
 
 @pytest.mark.parametrize(
@@ -375,109 +330,3 @@ def test_a_call_without_tensors_can_be_timed_by_the_host() -> None:
     times = one.block([1, 2, 3], keep=0)
     one.queue(2)
     assert one.kept == 5 and len(times) == 3 and all(0 <= ms < 1000 for ms in times)
-
-
-class Torch:
-    """What `CudaClock` takes of torch, made of a `Gpu`: 2000 cycles are a microsecond, the first ones half as fast."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torch
-
-        gpu = self.gpu = Gpu()
-        self.undone: list[Any] = []
-
-        class Event:
-            def __init__(self, **_: Any) -> None:
-                pass
-
-            def record(self, stream: Any) -> None:
-                assert stream == "stream 0"
-                self.time = gpu.mark()
-
-            def elapsed_time(self, end: Any) -> float:
-                return float(end.time - self.time)
-
-        def sleep(cycles: int) -> None:
-            gpu.sleep(cycles / 2e6 * (1 if gpu.sleeps else 2))
-
-        empty = torch.empty
-
-        def fake_empty(*args: Any, device: Any = None, **kwargs: Any) -> Any:
-            return empty(*args, **kwargs)
-
-        fakes = {
-            (torch, "empty"): fake_empty,
-            (time, "perf_counter"): gpu.now,
-            (torch.cuda, "init"): lambda: None,
-            (torch.cuda, "current_device"): lambda: 0,
-            (torch.cuda, "current_stream"): lambda: "stream 0",
-            (torch.cuda, "get_device_properties"): lambda device: types.SimpleNamespace(L2_cache_size=1000),
-            (torch.cuda, "graph"): Recording,
-            (torch.cuda, "CUDAGraph"): lambda: types.SimpleNamespace(replay=lambda: None),
-            (torch.cuda, "graph_pool_handle"): lambda: (0, 1),
-            (torch.cuda, "Stream"): lambda: "side stream",
-            (torch.cuda, "stream"): Recording,
-            (torch.cuda, "set_stream"): self.undone.append,
-            (torch._C, "_CudaEventBase"): Event,
-            (torch._C, "_cuda_synchronize"): gpu.synchronize,
-            (torch._C, "_cuda_sleep"): sleep,
-            (torch._C, "_cuda_endAllocateToPool"): lambda device, pool: self.undone.append(pool),
-        }
-        for (owner, name), fake in fakes.items():
-            monkeypatch.setattr(owner, name, fake, raising=False)
-        self.clock = CudaClock()
-        self.patched = [place for place in fakes if place != (torch, "empty")]
-
-
-class Recording:
-    """A context that ends like torch.cuda.graph: whoever failed inside is left as he was."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
-def test_the_gpus_sleep_is_set_by_the_highest_clock_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = Torch(monkeypatch)
-    before = len(torch.gpu.sleeps)
-    torch.clock.sleep(0.25)
-    torch.clock.sleep(0.0)
-    assert torch.gpu.sleeps[before:] == [pytest.approx(0.25)]
-
-
-def test_the_gpus_clock_does_not_notice_when_torchs_functions_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    stand_in = Torch(monkeypatch)
-    gpu = stand_in.gpu
-
-    def lie(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a replaced function was called")
-
-    for owner, name in stand_in.patched:
-        monkeypatch.setattr(owner, name, lie, raising=False)
-    monkeypatch.setattr(torch.Tensor, "zero_", lie)
-    one = Bench(lambda x: gpu.launch(0.1, 0.0067), *draws(), stand_in.clock)
-    assert one.block(range(5)) == [pytest.approx(0.0067)] * 5
-    one.queue(4)
-
-
-def test_a_recording_that_fails_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = Torch(monkeypatch)
-    calls: list[None] = []
-
-    def call() -> str:
-        calls.append(None)
-        if len(calls) == 2:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return "output"
-
-    with pytest.raises(RuntimeError, match="not permitted"):
-        stand_in.clock.capture(call)
-    assert stand_in.undone == ["stream 0", (0, 1)]
-    assert stand_in.clock.capture(call)[1] == "output"

@@ -18,8 +18,8 @@ def _short(name: str, before: str, prelude: str = "") -> Case:
     return Case(name, "huge allocation", DOUBLE, kernel(f"{before}\n{CALL}", prelude=prelude), _SHORT)
 
 
-def _bomb(name: str, before: str, prelude: str = "import os, signal\n") -> Case:
-    return Case(name, "fork bomb", DOUBLE, kernel(f"{before}\n{CALL}", prelude=prelude), _BOMB)
+def _bomb(name: str, before: str, prelude: str = "import os, signal\n", verdicts: frozenset[str] = frozenset()) -> Case:
+    return Case(name, "fork bomb", DOUBLE, kernel(f"{before}\n{CALL}", prelude=prelude), _BOMB | verdicts)
 
 
 def _left(name: str, before: str, prelude: str) -> Case:
@@ -59,6 +59,8 @@ for number in range(100):
         "a fork bomb that doubles",
         "first = os.getpid()\nfor number in range(5):\n    os.fork()\nif os.getpid() != first:\n"
         "    while True:\n        signal.pause()",
+        # In its second call it reaches the limit: several processes fail at once, and each of them answers.
+        verdicts=frozenset({"forged_result"}),
     ),
     _bomb(
         "a fork bomb of threads",
