@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_sft_pipeline.verification import interpreter
-from triton_sft_pipeline.verification.binding import Available, Binding, bindings
+from triton_sft_pipeline.verification.worker import interpreter
+from triton_sft_pipeline.verification.worker.binding import Available, Binding, bindings
 
 MARK = "yardstick "
 TOLERANCE = 1e-2

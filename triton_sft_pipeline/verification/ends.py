@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from triton_sft_pipeline.verification.sandbox.client import Child, End
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import WireError
-from triton_sft_pipeline.verification.zygote_client import Child, End
 
 _END_TIMEOUT_S = 5.0
 

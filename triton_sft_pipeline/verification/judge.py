@@ -39,13 +39,13 @@ from triton_sft_pipeline.verification.lanes import Lane, Lanes
 from triton_sft_pipeline.verification.measurement import Measurement, Pair, Unmeasurable, measure
 from triton_sft_pipeline.verification.peer import Clock, Peer
 from triton_sft_pipeline.verification.references import Reference, ReferenceCache, Trial
-from triton_sft_pipeline.verification.sandbox import Limits
-from triton_sft_pipeline.verification.scratch import remove
+from triton_sft_pipeline.verification.sandbox.client import ZygoteClient, ZygoteDiedError
+from triton_sft_pipeline.verification.sandbox.confine import Limits
+from triton_sft_pipeline.verification.sandbox.leftovers import remove_folder
 from triton_sft_pipeline.verification.speedup import flags
 from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.verdict import Finding, JudgeItem, Verdict
 from triton_sft_pipeline.verification.wire import ClosedError, WireError, arrays_in
-from triton_sft_pipeline.verification.zygote_client import ZygoteClient, ZygoteDiedError
 
 _MAX_WORKERS = 12
 # Room for a kernel's compiled code, and for what it writes.
@@ -137,7 +137,7 @@ class KernelJudge:
         self._pool.shutdown(cancel_futures=True)
         self._lanes.close()
         self._zygote = None
-        remove(self._folder)
+        remove_folder(self._folder)
 
     def verify(self, pytorch_code: str | None, triton_code: str | None, key: str = "") -> Verdict:
         """Judge one kernel. Whatever is wrong with it, or with the problem, is a verdict and not an exception."""

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 from triton_sft_pipeline.verification.peer import Peer
-from triton_sft_pipeline.verification.sandbox import Limits
+from triton_sft_pipeline.verification.sandbox.client import Child, ZygoteClient, ZygoteDiedError
+from triton_sft_pipeline.verification.sandbox.confine import Limits
 from triton_sft_pipeline.verification.traffic import Traffic
-from triton_sft_pipeline.verification.zygote_client import Child, ZygoteClient, ZygoteDiedError
 
 _READY_TIMEOUT_S = 120.0
 

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from triton_sft_pipeline.verification import wire
+from triton_sft_pipeline.verification.sandbox.client import Child
 from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.wire import WireError
-from triton_sft_pipeline.verification.zygote_client import Child
 
 
 class Peer:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.verification import VERDICTS, ends
+from triton_sft_pipeline.verification.sandbox.client import End
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import ClosedError, WireError
-from triton_sft_pipeline.verification.zygote_client import End
 
 ENDS = {
     "hung up and lives on": (None, "early_exit", "hung up before it answered"),

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.verification import JudgeItem, KernelJudge, Verdict, measurement, session
+from triton_sft_pipeline.verification import JudgeItem, KernelJudge, Verdict, measurement
 from triton_sft_pipeline.verification import judge as module
 from triton_sft_pipeline.verification.lanes import Lanes
 from triton_sft_pipeline.verification.peer import Peer
-from triton_sft_pipeline.verification.session import GpuGate
+from triton_sft_pipeline.verification.sandbox.client import ZygoteDiedError
 from triton_sft_pipeline.verification.traffic import Traffic
-from triton_sft_pipeline.verification.zygote_client import ZygoteDiedError
+from triton_sft_pipeline.verification.worker import session
+from triton_sft_pipeline.verification.worker.session import GpuGate
 from triton_sft_pipeline_tests.verification.peers import WAIT_S, Answer, Doubler, FakeTime, connected, doubling
 from triton_sft_pipeline_tests.verification.test_measurement import REFERENCE_MS, Kernel, Side
 

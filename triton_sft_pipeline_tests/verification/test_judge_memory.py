@@ -13,18 +13,18 @@ import pytest
 
 from triton_sft_pipeline.verification import JudgeItem, KernelJudge, references
 from triton_sft_pipeline.verification import judge as module
-from triton_sft_pipeline.verification.zygote_client import ZygoteClient
-from triton_sft_pipeline_tests.verification import huge_tasks
+from triton_sft_pipeline.verification.sandbox.client import ZygoteClient
 from triton_sft_pipeline_tests.verification.peers import WAIT_S, Answer, doubling
 from triton_sft_pipeline_tests.verification.snippets import DOUBLE, DOUBLE_KERNEL, LAUNCH, kernel, pointwise_kernel
 from triton_sft_pipeline_tests.verification.snippets import problem as problem_of
 from triton_sft_pipeline_tests.verification.test_judge_measures import Room, room
 from triton_sft_pipeline_tests.verification.test_measurement import Side
+from triton_sft_pipeline_tests.verification.worker import huge_tasks
 
 __all__ = ["room"]
 HUGE = problem_of("x * 2", inputs="[torch.rand(8, 8)]")
 _TASKS = {
-    "kernel": "triton_sft_pipeline.verification.kernel_session:serve",
+    "kernel": "triton_sft_pipeline.verification.worker.kernel_session:serve",
     "reference": f"{huge_tasks.__name__}:reference",
 }
 

@@ -16,8 +16,8 @@ import pytest
 
 from triton_sft_pipeline.verification import JudgeItem, KernelJudge, Verdict
 from triton_sft_pipeline.verification import judge as module
-from triton_sft_pipeline.verification.zygote_client import ZygoteClient, ZygoteDiedError
-from triton_sft_pipeline_tests.verification.boxes import processes_named
+from triton_sft_pipeline.verification.sandbox.client import ZygoteClient, ZygoteDiedError
+from triton_sft_pipeline_tests.verification.sandbox.boxes import processes_named
 from triton_sft_pipeline_tests.verification.snippets import DOUBLE, DOUBLE_KERNEL, pointwise_kernel
 
 LIMIT_S = 2.0

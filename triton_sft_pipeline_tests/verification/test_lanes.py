@@ -12,8 +12,8 @@ import pytest
 
 from triton_sft_pipeline.verification import wire
 from triton_sft_pipeline.verification.lanes import Lane, Lanes
-from triton_sft_pipeline.verification.sandbox import Limits
-from triton_sft_pipeline.verification.zygote_client import End, ZygoteDiedError
+from triton_sft_pipeline.verification.sandbox.client import End, ZygoteDiedError
+from triton_sft_pipeline.verification.sandbox.confine import Limits
 
 LIMITS = {task: Limits(cpu_s=1, file_bytes=size) for task, size in (("kernel", 1), ("reference", 2))}
 

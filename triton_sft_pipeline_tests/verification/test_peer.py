@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.verification import peer as module
-from triton_sft_pipeline.verification import session, wire
+from triton_sft_pipeline.verification import wire
 from triton_sft_pipeline.verification.peer import Clock
-from triton_sft_pipeline.verification.session import GpuGate
 from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.wire import ClosedError, WireError
+from triton_sft_pipeline.verification.worker import session
+from triton_sft_pipeline.verification.worker.session import GpuGate
 from triton_sft_pipeline_tests.verification.peers import WAIT_S, FakeTime, Serve, array, connected
 
 
