@@ -112,6 +112,8 @@ class KernelJudge:
         self._zygote: ZygoteClient | None = None
 
     def __enter__(self) -> KernelJudge:
+        if self._zygote is not None:
+            raise PipelineError("This judge is in use: leave its block before entering it again.")
         self._folder = Path(tempfile.mkdtemp(prefix="triton-sft-judge-"))
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="judge")
         self._lanes = Lanes([])
@@ -140,14 +142,27 @@ class KernelJudge:
         remove_folder(self._folder)
 
     def verify(self, pytorch_code: str | None, triton_code: str | None, key: str = "") -> Verdict:
-        """Judge one kernel. Whatever is wrong with it, or with the problem, is a verdict and not an exception."""
+        """Judge one kernel. Safe to call from several threads.
+
+        Args:
+            pytorch_code: the problem, in KernelBench's format.
+            triton_code: the kernel.
+            key: comes back in the verdict.
+
+        Returns:
+            The verdict. Whatever is wrong with the kernel, or with the problem, is one, and not an exception.
+
+        Raises:
+            PipelineError: the judge's block was not entered.
+        """
         if self._zygote is None:
             raise PipelineError("Use the judge as a context manager: with KernelJudge() as judge: ...")
         began = time.monotonic()
+        triton_code = triton_code if isinstance(triton_code, str) else None
         refused = inspect_source(triton_code)
         if refused is not None or triton_code is None:
             decision = _Decision(Examination(refused or Finding("no_code", "There is no kernel code.")))
-        elif not pytorch_code:
+        elif not isinstance(pytorch_code, str) or not pytorch_code:
             decision = _Decision(Examination(Finding("reference_error", "There is no PyTorch code to compare with.")))
         else:
             decision = self._decide_patiently(pytorch_code, triton_code)

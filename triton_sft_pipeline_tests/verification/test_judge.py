@@ -145,3 +145,14 @@ def test_asking_for_a_gpu_where_there_is_none_is_an_error(monkeypatch: pytest.Mo
     with pytest.raises(PipelineError, match="No usable GPU"), KernelJudge(device="cuda"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_text_is_no_code(judge: KernelJudge) -> None:
+    assert judge.verify(DOUBLE, 5).verdict == "no_code"  # type: ignore[arg-type]
+    assert judge.verify(5, DOUBLE_KERNEL).verdict == "reference_error"  # type: ignore[arg-type]
+
+
+def test_a_judge_is_entered_once_at_a_time(judge: KernelJudge) -> None:
+    with pytest.raises(PipelineError, match="in use"), judge:
+        pass
+    assert judge.verify(DOUBLE, DOUBLE_KERNEL).verdict == "verified"

@@ -137,7 +137,7 @@ class ZygoteClient:
         except (ZygoteDiedError, FutureTimeoutError) as error:
             raise PipelineError(f"The judge's worker process did not start: {self._log_tail()}") from error
         if not ready["ready"]:
-            raise PipelineError("No usable GPU was found for the judge; use device='cpu' or look at nvidia-smi.")
+            raise PipelineError("No usable GPU was found for the judge; use the device cpu or look at nvidia-smi.")
         self.backend, self.versions = ready["backend"], ready["versions"]
         self.isolation, self.isolation_reason = ready["isolation"], ready["isolation_reason"]
 
