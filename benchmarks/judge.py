@@ -7,7 +7,8 @@ parts:
              imports torch, compares in itself and times, as KernelBench does;
              it takes what `rate` has executed, so run both
   aa         (GPU) kernels against themselves: none may be flagged as faster
-  repeat     (GPU) the kernels of `rate` a second time: are the same fast?
+  repeat     (GPU) the kernels of `rate` a second time, and large ones twice: are
+             the same fast?
   hang       kernels that never end, in three places: from limit to verdict
 
 A rate counts only kernels that were executed: what was refused unseen, does not

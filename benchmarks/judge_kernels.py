@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _IMPORTS = """
 import torch
 import triton
@@ -93,6 +95,46 @@ def _twin(kernel: str, arguments: str, inputs: str) -> tuple[str, str]:
     return problem, _IMPORTS + kernel + _MODULE.format(name="ModelNew", arguments=arguments)
 
 
+# What PyTorch does in one to three passes over memory, and the kernel in one. Some are as fast as PyTorch: on those two
+# measurements may differ.
+_EXPRESSIONS = {
+    "relu": ("torch.relu(x)", "tl.maximum(x, 0.0)"),
+    "square": ("x * x", "x * x"),
+    "exp": ("torch.exp(x)", "tl.exp(x)"),
+    "scale and shift": ("x * 1.5 + 0.25", "x * 1.5 + 0.25"),
+    "silu by hand": ("torch.sigmoid(x) * x", "x / (1.0 + tl.exp(-x))"),
+    "three passes": ("torch.abs((x + 1.0) * 2.0)", "tl.abs((x + 1.0) * 2.0)"),
+}
+LARGE_MB = (32, 48, 64, 96)
+
+_POINTWISE_PROBLEM = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return {expression}
+"""
+
+
+def large(sizes_mb: Iterable[float] = LARGE_MB) -> dict[str, tuple[str, str]]:
+    """name -> (problem, kernel): element-wise ones whose references are not bound by their launch."""
+    found = {}
+    for size in sizes_mb:
+        inputs = f"torch.randn({int(size * 2**20 / 4 / 1024)}, 1024)"
+        for name, (reference, kernel) in _EXPRESSIONS.items():
+            problem = _POINTWISE_PROBLEM.format(expression=reference) + _INPUTS.format(inputs=inputs)
+            code = _IMPORTS + _SCALE.replace("x * 1.5 + 0.25", kernel) + _WRAPPER
+            found[f"{name}, {size:g} MB"] = problem, code
+    return found
+
+
+_WRAPPER = """
+
+def triton_kernel_wrapper(x):
+    return launch(x)
+"""
+
 HANG_PROBLEM = f"""
 import torch
 
@@ -104,11 +146,7 @@ class Model(torch.nn.Module):
 {_INPUTS.format(inputs="torch.randn(64, 64)")}
 """
 
-HONEST = f"""{_IMPORTS}{_SCALE}
-
-def triton_kernel_wrapper(x):
-    return launch(x)
-"""
+HONEST = _IMPORTS + _SCALE + _WRAPPER
 
 _IN_WRAPPER = f"""{_IMPORTS}{_SCALE}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.labels import Judgeable, read_judgeable
-from triton_sft_pipeline.verification import VERDICTS, Verdict
+from triton_sft_pipeline.verification import VERDICTS, KernelJudge, Verdict
 from triton_sft_pipeline.verification.gate import inspect_source
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -270,3 +270,18 @@ def test_markdown_has_a_row_a_verdict_and_a_line_a_disagreement(tmp_path: Path) 
         "- `p1 (traces, record 1)`: labelled correct, judged **incorrect_shape**. (2, 3) \\| (3, 2)",
         "- `p2 (traces, record 2)`: labelled incorrect, judged **verified**. fine",
     ]
+
+
+@pytest.mark.slow
+def test_the_large_kernels_are_right(judging: KernelJudge) -> None:
+    large = load("judge_kernels").large(sizes_mb=[1 / 64])
+    assert len(large) == 6
+    for name, sources in large.items():
+        assert judging.verify(*sources).verdict == "verified", name
+    assert len(load("judge_kernels").large()) == 24
+
+
+@pytest.fixture
+def judging() -> Iterator[KernelJudge]:
+    with KernelJudge(device="cpu", workers=1, trials=2) as judge:
+        yield judge
