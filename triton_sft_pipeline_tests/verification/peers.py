@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,7 +129,8 @@ def connected(serve: Serve, traffic: Any = None) -> Iterator[Peer]:
     ours, theirs = socket.socketpair()
 
     def run() -> None:
-        with theirs:
+        # A child that ends in the middle, or is hung up on, says no more than that.
+        with theirs, suppress(SystemExit, ConnectionError):
             serve(theirs)
 
     thread = threading.Thread(target=run, daemon=True)
