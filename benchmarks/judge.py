@@ -41,6 +41,7 @@ import judge_parts
 from judge_report import rows, table
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.files import write_json
 from triton_sft_pipeline.labels import Judgeable, read_judgeable
 from triton_sft_pipeline.verification import JUDGE_VERSION, Verdict
 
@@ -77,7 +78,7 @@ def main() -> int:
     finally:
         result["seconds"] = time.monotonic() - began
         if arguments.out:
-            arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(arguments.out, result)
     lines = rows(result)
     print(table(lines, result))
     return 1 if any(row.met is False for row in lines) else 0

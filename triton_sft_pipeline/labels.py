@@ -64,6 +64,7 @@ class Judgeable:
 
     @property
     def item(self) -> JudgeItem:
+        """What the judge is given; the verdict comes back under the identity."""
         return JudgeItem(key=self.identity, pytorch_code=self.record.value["pytorch_code"], triton_code=self.code)
 
     @property

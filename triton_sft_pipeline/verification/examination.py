@@ -71,9 +71,7 @@ class _Step:
     reuse: bool
 
 
-def examine(
-    peer: Peer, reference: Reference, triton_code: str, binding: int, clock: Clock, alone: bool = False
-) -> Examination:
+def examine(peer: Peer, reference: Reference, triton_code: str, binding: int, clock: Clock) -> Examination:
     """Examine a kernel in a child of its own.
 
     Args:
@@ -82,14 +80,13 @@ def examine(
         triton_code: the kernel.
         binding: which of the possible bindings of arguments to use.
         clock: the time that all of this may take.
-        alone: the caller holds the GPU.
 
     Raises:
         ZygoteDiedError: the child did not end by itself.
     """
     most = _SPACE * reference.output_bytes + _MORE_SPACE
     try:
-        loaded = peer.ask("load", clock, alone=alone, code=triton_code, binding=binding, **reference.kernel_arguments)
+        loaded = peer.ask("load", clock, code=triton_code, binding=binding, **reference.kernel_arguments)
     except (TimeoutError, ClosedError, WireError) as error:
         return Examination(ends.finding_of(error, peer.child, clock.seconds))
     contract = loaded.get("contract") if loaded.get("contract") in _CONTRACTS else None
@@ -101,7 +98,7 @@ def examine(
 
     if problem := reported(loaded):
         return done(problem)
-    examiner = _Examiner(peer, reference, clock, most, alone)
+    examiner = _Examiner(peer, reference, clock, most)
     try:
         return done(*examiner.examine())
     except (TimeoutError, ClosedError, WireError) as error:
@@ -111,12 +108,11 @@ def examine(
 class _Examiner:
     """One kernel that is loaded, and its answers so far."""
 
-    def __init__(self, peer: Peer, reference: Reference, clock: Clock, most: int, alone: bool) -> None:
+    def __init__(self, peer: Peer, reference: Reference, clock: Clock, most: int) -> None:
         self._peer = peer
         self._reference = reference
         self._clock = clock
         self._most = most
-        self._alone = alone
         self._telling = _telling_trial(reference)
         self._answers: list[dict[str, Any]] = []
         self._earlier: list[Trial] = []
@@ -159,7 +155,7 @@ class _Examiner:
         return None
 
     def _ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        return self._peer.ask(do, self._clock, self._most, self._alone, **fields)
+        return self._peer.ask(do, self._clock, self._most, **fields)
 
 
 def reported(answer: dict[str, Any]) -> Finding | None:

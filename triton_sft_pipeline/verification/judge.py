@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -47,6 +48,7 @@ from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.verdict import Finding, JudgeItem, Verdict
 from triton_sft_pipeline.verification.wire import ClosedError, WireError, arrays_in
 
+# On an H200 with 16 processors more of them were slower: see docs/judge.md.
 _MAX_WORKERS = 12
 # Room for a kernel's compiled code, and for what it writes.
 _FILE_BYTES = 256 << 20
@@ -215,7 +217,7 @@ class KernelJudge:
                 return _Decision(Examination(Finding("infra_error", detail)))
 
     def _decide(self, lane: Lane, pytorch_code: str, triton_code: str, alone: bool) -> _Decision:
-        prepare = lambda code: self._prepare(lane, code, alone)  # noqa: E731
+        prepare = partial(self._prepare, lane, alone=alone)
         with self._references.borrow(pytorch_code, prepare, wait=not alone) as reference, ExitStack() as held:
             if reference.failure:
                 return _Decision(Examination(reference.failure))
@@ -239,7 +241,7 @@ class KernelJudge:
         """One attempt in a process of its own, and its measurement when the kernel is right."""
         with lane.kernel() as peer:
             peer.alone = alone
-            examination = examine(peer, reference, triton_code, binding, Clock(self._timeout_s), alone)
+            examination = examine(peer, reference, triton_code, binding, Clock(self._timeout_s))
             if examination.finding.verdict not in RIGHT or not self._measures():
                 return _Decision(examination, len(reference.trials))
             return self._measure(lane, peer, pytorch_code, reference, examination, alone)

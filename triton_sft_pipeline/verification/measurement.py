@@ -147,7 +147,7 @@ class _Runs:
 
 def _run_rounds(pair: Pair) -> _Runs | Finding:
     runs = _Runs([], [], [])
-    # What takes long is measured less often; two calls in a row are the least.
+    # What takes long is measured less often.
     one_ms = statistics.median(_reference_block(pair, 2))
     block = max(1, min(BLOCK, int(_BLOCK_BUDGET_MS / max(one_ms, 1e-6))))
     before = _reference_block(pair, block)
@@ -181,7 +181,7 @@ def _reference_block(pair: Pair, count: int) -> list[float]:
 
 
 def _kernel_block(pair: Pair, count: int, kept: list[tuple[int, Value]]) -> list[float] | Finding:
-    # Which call is looked at is not known before its block is run.
+    # The kernel's code is not told which call is looked at.
     keep = None
     if pair.problem.output_bytes <= _RECHECK_BYTES or not kept:
         keep = secrets.randbelow(count)

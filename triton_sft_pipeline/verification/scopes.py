@@ -38,6 +38,7 @@ class Scope:
 
 
 def scope_of(node: ast.Module | Scoped) -> Scope:
+    """The names that a module, class, function or comprehension binds, without those of scopes inside of it."""
     scope = Scope(local=not isinstance(node, ast.Module | ast.ClassDef), is_class=isinstance(node, ast.ClassDef))
     if isinstance(node, Function | ast.Lambda):
         for argument in ast.walk(node.args):

@@ -43,12 +43,6 @@ def test_an_honest_kernel_is_verified_in_every_trial() -> None:
     assert peer.names() == ["load", *["call"] * 5, "recall", "ablate"]
 
 
-def test_whoever_has_the_gpu_alone_takes_no_turn_beside_others() -> None:
-    peer = ScriptedPeer(Doubler())
-    examine(peer, doubling(), "code", 0, Clock(10.0), alone=True)  # type: ignore[arg-type]
-    assert "enter" not in [name for name, _ in peer.asked]
-
-
 def test_the_code_is_loaded_with_what_the_problem_offers_and_nothing_else() -> None:
     peer = ScriptedPeer(Doubler())
     arguments = {"state": {}, "available": {"input_count": 1}, "init_inputs": None}

@@ -110,7 +110,7 @@ class Room:
         children = (lambda: self.kernel(), lambda: self.reference())
         lanes = [FakeLane(judge._traffic, *children) for _ in range(judge.workers)]
         judge._lanes = Lanes(lanes)  # type: ignore[arg-type]
-        monkeypatch.setattr(judge, "_prepare", lambda *arguments: doubling())
+        monkeypatch.setattr(judge, "_prepare", lambda *arguments, **more: doubling())
 
     def verify(self) -> Verdict:
         """The verdict; an error when it takes for ever, which it must not even when the judge blocks itself."""

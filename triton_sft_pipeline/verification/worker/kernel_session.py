@@ -96,7 +96,7 @@ class KernelSession:
         self.bench.rehearse()
         given = tensors.from_wire(tensors.to_wire((torch.randn(64), torch.arange(64))), self._device)
         self._run(given, OperatorLog(self._monitor, poison=True))
-        _equal(tensors.clone(given), given)
+        tensors.same_bits(tensors.clone(given), given)
         self._call = _not_loaded
         self.gate.entered = False
 
@@ -133,11 +133,10 @@ class KernelSession:
             sizes: numbers of elements; arguments of the first launch that have so many are sent back, too.
 
         Returns:
-            {"output", "inputs", "arguments", "aliases", "launches", "side_launches", "compute", "copy",
-            "scalars", "operators"}:
-            `inputs` as the call left them, None when they were not touched; `arguments` as they were before the first
-            launch; `aliases` are the outputs that share memory with an input, by position.
-            {"verdict", "detail"} when the call failed.
+            {"output", "inputs", "arguments", "aliases", "launches", "side_launches", "compute", "copy", "scalars",
+            "operators"}: `inputs` as the call left them, None when they were not touched; `arguments` as they were
+            before the first launch; `aliases` are the outputs that share memory with an input, by position;
+            `side_launches` those on other streams. {"verdict", "detail"} when the call failed.
         """
         # Moving inputs and outputs takes next to nothing of the GPU, and neither does compiling: others may measure.
         given = self._receive(inputs, reuse)
@@ -154,7 +153,7 @@ class KernelSession:
         self._monitor.seen = arguments.note if sizes else None
         try:
             output = self._run(given, log)
-            untouched = _equal(before, given)
+            untouched = tensors.same_bits(before, given)
             self.gate.leave()
             self._first_output = output if self._first_output is None else self._first_output
             reply: dict[str, Value] = {
@@ -364,16 +363,6 @@ def _refilled(old: Any, new: Any) -> bool:
 
 def _overlaps(tensor: Any) -> bool:
     return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two plain values hold tensors of the same bits, NaN or not."""
-    import torch
-
-    return all(
-        torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
-        for a, b in zip(tensors.tensors_in(left), tensors.tensors_in(right), strict=True)
-    )
 
 
 def _aliases(output: Any, inputs: Any) -> tuple[int, ...]:

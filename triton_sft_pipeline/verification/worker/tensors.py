@@ -6,6 +6,7 @@ or kernels.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,6 +72,17 @@ def clone(value: Any) -> Any:
     return to_plain(value, _clone_tensor)
 
 
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two plain values of one structure hold tensors of the same bits, NaN or not."""
+    import torch
+
+    def bits(tensor: Any) -> Any:
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    pairs = zip(tensors_in(left), tensors_in(right), strict=True)
+    return all(torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
 def to_wire(value: Any) -> Value:
     """A nested value with every tensor as dense bytes, for answers.
 
@@ -129,7 +141,7 @@ def _tensor(array: Array, device: str) -> Any:
     import torch
 
     dtype = getattr(torch, array.dtype)
-    elements = _span(array.shape, array.stride) if array.stride is not None else _count(array.shape)
+    elements = _span(array.shape, array.stride) if array.stride is not None else math.prod(array.shape)
     flat = torch.empty(elements, dtype=dtype)
     if elements:
         flat.view(torch.uint8).copy_(torch.frombuffer(array.data, dtype=torch.uint8))
@@ -148,13 +160,6 @@ def _span(shape: Any, stride: Any) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
-def _count(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _name(dtype: Any) -> str:

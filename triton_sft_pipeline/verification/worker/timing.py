@@ -61,31 +61,6 @@ class Clock(Protocol):
         """Record what `call` hands to the device; return a function that does it again, and the output it fills."""
 
 
-class HostClock:
-    """The clock of the host, for a device that is the host itself: marks are times."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def elapsed_ms(self, start: float, end: float) -> float:
-        return 1000 * (end - start)
-
-    def flush(self) -> None:
-        pass
-
-    def sleep(self, ms: float) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        raise NotImplementedError("the host has no graphs")
-
-
 class CudaClock:
     """The clock of the current CUDA device and of its current stream.
 
@@ -173,11 +148,6 @@ class Settled:
     enqueue_ms: float
     call_ms: float
     calls: int
-
-    @property
-    def is_covered(self) -> bool:
-        """Whether the sleep before a timed call outlasts its launch; else its time may include waiting for Python."""
-        return self.enqueue_ms <= _LONG_LAUNCH_MS
 
     @property
     def max_queued(self) -> int:

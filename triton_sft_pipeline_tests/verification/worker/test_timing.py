@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.verification.worker import mixing
-from triton_sft_pipeline.verification.worker.timing import Bench, HostClock, pool_size
+from triton_sft_pipeline.verification.worker.timing import Bench, pool_size
+from triton_sft_pipeline_tests.verification.worker.clocks import HostClock
 
 FLUSH_MS = 0.03
 
@@ -250,7 +251,6 @@ def test_a_call_that_never_settles_is_given_up_on_soon() -> None:
 def test_the_launch_is_measured_without_waiting_for_the_device() -> None:
     settled = bench(Gpu(), 0.05, 8.0).warm_up()
     assert (settled.enqueue_ms, settled.call_ms) == (pytest.approx(0.05), pytest.approx(8.05))
-    assert settled.is_covered and not bench(Gpu(), 2.5, 8.0).warm_up().is_covered
 
 
 def busier(gpu: Gpu, later_ms: Callable[[int], float]) -> tuple[Bench, list[float]]:

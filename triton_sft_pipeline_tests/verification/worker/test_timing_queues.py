@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.verification.worker import mixing
-from triton_sft_pipeline.verification.worker.timing import Bench, HostClock
+from triton_sft_pipeline.verification.worker.timing import Bench
+from triton_sft_pipeline_tests.verification.worker.clocks import HostClock
 from triton_sft_pipeline_tests.verification.worker.test_timing import Gpu, bench, draws
 
 
