@@ -74,7 +74,6 @@ def main() -> int:
         run_parts(parts, options, records, arguments, result)
     except PipelineError as error:
         parser.error(str(error))
-    # What was measured before an interruption is worth keeping.
     finally:
         result["seconds"] = time.monotonic() - began
         if arguments.out:
@@ -163,6 +162,9 @@ def run_parts(
             result[part] = judge_parts.run_repeat(timed, records, verdicts if options.timing else {})
         else:
             result[part] = judge_parts.run_hang(options, arguments.hang_runs)
+        # What was measured before an interruption is worth keeping.
+        if arguments.out:
+            write_json(arguments.out, result)
 
 
 def verdict_writer(stack: ExitStack, out: Path | None, records: list[Judgeable]) -> Callable[[Verdict], None]:

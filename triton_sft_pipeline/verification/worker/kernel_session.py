@@ -38,6 +38,13 @@ INIT_SEED = 0
 Call = Callable[[tuple[Any, ...]], Any]
 
 
+_ESCAPES = "The kernel returns before the work that it put on another stream is done; wait for that stream."
+
+
+class _StreamEscape(Exception):
+    """A call returned before its work was done."""
+
+
 class ContractError(Exception):
     """The kernel's code does not take what the problem has to give."""
 
@@ -225,7 +232,8 @@ class KernelSession:
         output = tensors.to_plain(output, tensors.same)
         if self._device == "cuda":
             self.gate.enter()
-            torch.cuda.current_stream().synchronize()
+            if self._side is not None and self._side.left_behind():
+                raise _StreamEscape
         return output
 
     def _receive(self, inputs: Value, reuse: bool) -> Any:
@@ -246,6 +254,8 @@ class KernelSession:
         raise ContractError(f"Neither {WRAPPER} nor {MODEL_CLASS} is defined after the code has run.")
 
     def _failure(self, error: BaseException) -> dict[str, Value]:
+        if isinstance(error, _StreamEscape):
+            return {"verdict": "stream_escape", "detail": _ESCAPES}
         if isinstance(error, ContractError):
             return {"verdict": "contract_error", "detail": str(error)[:1000]}
         # SystemExit and KeyboardInterrupt raised by kernel code are facts about the kernel too.
@@ -302,8 +312,7 @@ def _suspicious(
     if processes():
         return Finding("process_leak", "The kernel code leaves a process running.")
     if device == "cpu" and interpreter.pending_launches():
-        detail = "The kernel returns before the work that it put on another stream is done; wait for that stream."
-        return Finding("stream_escape", detail)
+        return Finding("stream_escape", _ESCAPES)
     return None
 
 

@@ -24,10 +24,21 @@ class SideStreams:
 
             cuda = torch.cuda
         self.late = 0
+        self._used: list[Any] = []
         self._current, self._default, self._sleep = cuda.current_stream, cuda.default_stream, cuda._sleep
+        self._is_done = cuda.Stream.query
 
     def hold_up(self) -> None:
         """Before a launch: let the current stream sleep, unless it is the one on which results are read."""
         if self._current() != self._default():
             self.late += 1
+            self._used.append(self._current())
             self._sleep(_LATE_CYCLES)
+
+    def left_behind(self) -> bool:
+        """After a call, and after waiting for the stream that results are read on: whether work of the call on another
+        one is not done. Whoever waits for it, on the host or on the GPU, has none left. Forgets the streams.
+        """
+        self._default().synchronize()
+        used, self._used = self._used, []
+        return not all(self._is_done(stream) for stream in used)

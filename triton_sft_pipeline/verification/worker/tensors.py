@@ -16,6 +16,7 @@ from triton_sft_pipeline.verification.wire import ITEM_SIZE, Array, Value
 _SCALARS = (bool, int, float, str, type(None))
 # A view that spans more than this many times its own elements travels without the gaps.
 _MAX_GAPS = 4
+_SLICE = 1 << 26
 
 
 class UnsupportedValueError(TypeError):
@@ -81,6 +82,16 @@ def same_bits(left: Any, right: Any) -> bool:
 
     pairs = zip(tensors_in(left), tensors_in(right), strict=True)
     return all(torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
+def in_slices(*tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """The elements of tensors of one shape, flat and side by side, a bounded number at a time.
+
+    What is calculated of a slice in float64 stays small, however large the tensors are.
+    """
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _SLICE):
+        yield tuple(tensor[start : start + _SLICE] for tensor in flat)
 
 
 def to_wire(value: Any) -> Value:
