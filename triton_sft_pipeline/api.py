@@ -268,9 +268,19 @@ def main(
         StepError: out of memory, or a full disk.
     """
     config = load_config(preset=preset)
-    return train_from_traces(
+    run = train_from_traces(
         config, Path(traces) if traces else traces_location(), Path(output_dir or storage_root() / OUTPUT)
     )
+    return run if run.model is not None else _with_model(run, config)
+
+
+def _with_model(run: TrainingRun, config: Config) -> TrainingRun:
+    """The run with its model, which the processes that trained it have taken with them."""
+    import dataclasses
+
+    from triton_sft_pipeline.training.model import load_model_and_tokenizer as load
+
+    return dataclasses.replace(run, model=load(config.model, run.adapter_dir)[0])
 
 
 def train_from_traces(config: Config, traces: Path, output_dir: Path) -> TrainingRun:

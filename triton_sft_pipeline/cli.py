@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from triton_sft_pipeline.cli_training import merge
 from triton_sft_pipeline.config import Config, load_config, parse_overrides, storage_root, traces_location
 from triton_sft_pipeline.errors import PipelineError
 
@@ -44,8 +45,12 @@ def cli() -> None:
     The whole pipeline, only what is stale:   triton-sft refresh
     One step at a time:                       triton-sft filter | dataset build
                                               | train | evaluate | infer
+                                              | merge
     Are these kernels any good?               triton-sft verify traces.json
     """
+
+
+cli.add_command(merge)
 
 
 @cli.command()
@@ -171,12 +176,14 @@ def dataset_build(
 @click.option("--traces", type=PATH, help="Traces to filter and train on (default: TRITON_SFT_TRACES).")
 @click.option("--dataset", "dataset_dir", type=PATH, help="Train on this chat dataset instead.")
 @click.option("--out", type=PATH, help="Output directory (default: sft_output under storage).")
+@click.option("--gpus", type=click.IntRange(1), help="GPUs to share each step (default: training.gpus).")
 @click.option("--dry-run", is_flag=True, help="Print the settings; train nothing.")
 @configured
 def train(
     traces: Path | None,
     dataset_dir: Path | None,
     out: Path | None,
+    gpus: int | None,
     dry_run: bool,
     preset: str | None,
     config_file: Path | None,
@@ -189,7 +196,7 @@ def train(
     """
     from triton_sft_pipeline.api import OUTPUT, train_adapter, train_from_traces
 
-    config = _config(preset, config_file, sets)
+    config = _config(preset, config_file, (*sets, f"training.gpus={gpus}") if gpus else sets)
     out = out or storage_root() / OUTPUT
     if dry_run:
         import yaml

@@ -26,16 +26,23 @@ from triton_sft_pipeline.files import hash_json, sha256_file
 from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems, load_problems
 from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces.settings import FilterSettings
+from triton_sft_pipeline.training.merge import MergeSettings
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 from triton_sft_pipeline.verification import JUDGE_VERSION
 
 DEFAULT_PRESET = "tiny"
 
-STEP_VERSIONS = {"filtered_traces": "1", "chat_dataset": "1", "lora_adapter": "1", "evaluation_report": "1"}
+STEP_VERSIONS = {
+    "filtered_traces": "1",
+    "chat_dataset": "1",
+    "lora_adapter": "1",
+    "merged_model": "1",
+    "evaluation_report": "1",
+}
 """Raised by whoever changes what a step makes out of the same input."""
 
 _BOOKKEEPING = frozenset(
-    {"eval_steps", "logging_steps", "report_to_wandb", "run_name", "save_steps", "save_total_limit"}
+    {"eval_steps", "gpus", "logging_steps", "report_to_wandb", "run_name", "save_steps", "save_total_limit"}
 )
 """Training settings that decide what is written down and when, not what is learned: changing one makes nothing stale.
 """
@@ -58,6 +65,7 @@ class Config(BaseModel):
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings = TrainingSettings()
+    merge: MergeSettings = MergeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
@@ -148,7 +156,9 @@ def held_out_fingerprints(config: Config) -> dict[str, str]:
 
 
 def dependencies(config: Config) -> dict[str, dict[str, Any]]:
-    """For each asset, what it depends on beyond its inputs, in words that a person can compare."""
+    """For each asset that this configuration makes, what it depends on beyond its inputs, in words that a person can
+    compare.
+    """
     held_out = hash_problems(held_out_problems(config))
     base = base_model_version(config.model.base_model, config.model.revision)
     dumped = config.model_dump(mode="json")
@@ -165,6 +175,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
             "held_out": held_out,
         },
         "lora_adapter": {"base": base, "model": model, "lora": dumped["lora"], "training": training},
+        **({"merged_model": {"base": base}} if config.merge.enabled else {}),
         "evaluation_report": {
             "base": base,
             "model": model,

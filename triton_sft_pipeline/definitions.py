@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 from triton_sft_pipeline.assets.dataset import build_dataset_asset  # noqa: E402
 from triton_sft_pipeline.assets.evaluation import build_evaluation_asset  # noqa: E402
+from triton_sft_pipeline.assets.merged_model import build_merged_asset  # noqa: E402
 from triton_sft_pipeline.assets.traces import build_trace_assets  # noqa: E402
 from triton_sft_pipeline.assets.training import build_training_asset  # noqa: E402
 from triton_sft_pipeline.automation import build_sensors  # noqa: E402
@@ -32,6 +33,7 @@ def build_definitions(config: Config) -> dg.Definitions:
             *build_trace_assets(config),
             build_dataset_asset(config),
             build_training_asset(config),
+            *([build_merged_asset(config)] if config.merge.enabled else []),
             build_evaluation_asset(config),
         ],
         asset_checks=build_checks(config),

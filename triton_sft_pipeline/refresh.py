@@ -40,6 +40,11 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
 }
 """The assets in order, with what each is made from. A test holds it against the definitions."""
 
+OPTIONAL: Mapping[str, tuple[str, ...]] = {"merged_model": ("lora_adapter",)}
+"""Those that a configuration may add, likewise. Nothing is made from them."""
+
+_ALL = {**PARENTS, **OPTIONAL}
+
 SHIPPED_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
 """The Dagster home of a checkout."""
 
@@ -103,10 +108,11 @@ def stale_assets(
     instance: dg.DagsterInstance, definitions: dg.Definitions, config: Config, store: ArtifactStore
 ) -> dict[str, str]:
     """Asset key -> why it is stale, in order; fresh ones are left out. Neither observes nor runs anything."""
-    logged = _stale_by_log(instance, definitions)
     versions = code_versions(config)
+    wanted = _wanted(config)
+    logged = _stale_by_log(instance, definitions, wanted)
     reasons = {}
-    for key in PARENTS:
+    for key in wanted:
         reason = _stale_by_artifact(store, key, versions[key]) or logged.get(key)
         if reason:
             reasons[key] = reason
@@ -131,7 +137,7 @@ def _waves(runner: _Runner, config: Config, store: ArtifactStore, say: Say) -> O
             else:
                 outcome.failed[key] = failure
                 say(f"{key}: FAILED after {seconds:.0f} s\n  {failure}")
-    outcome.held_back = _below(outcome.failed)
+    outcome.held_back = [key for key in _wanted(config) if key in _below(outcome.failed)]
     return outcome
 
 
@@ -142,14 +148,20 @@ def _ready(stale: Mapping[str, str], outcome: Outcome) -> list[str]:
     return [key for key in stale if key not in tried and not blocked & set(_ancestors(key))]
 
 
+def _wanted(config: Config) -> list[str]:
+    """The assets that this configuration makes, in order."""
+    made = code_versions(config)
+    return [key for key in _ALL if key in made]
+
+
 def _ancestors(key: str) -> Iterator[str]:
-    for parent in PARENTS.get(key, ()):
+    for parent in _ALL.get(key, ()):
         yield parent
         yield from _ancestors(parent)
 
 
 def _below(failed: Mapping[str, str]) -> list[str]:
-    return [key for key in PARENTS if key not in failed and set(_ancestors(key)) & set(failed)]
+    return [key for key in _ALL if key not in failed and set(_ancestors(key)) & set(failed)]
 
 
 def _plan(
@@ -161,7 +173,7 @@ def _plan(
         stale.setdefault("filtered_traces", "the traces changed since they were filtered")
     if not stale:
         say("Nothing is stale.")
-    for key in PARENTS:
+    for key in _wanted(config):
         if key in stale:
             say(f"would run {key}: {stale[key]}")
         elif set(_ancestors(key)) & set(stale):
@@ -169,7 +181,7 @@ def _plan(
     return Outcome()
 
 
-def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions) -> dict[str, str]:
+def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions, wanted: Sequence[str]) -> dict[str, str]:
     """What Dagster's event log says. Its resolver is not public: dagster is pinned, and a test covers every answer that
     is used here.
     """
@@ -182,7 +194,7 @@ def _stale_by_log(instance: dg.DagsterInstance, definitions: dg.Definitions) -> 
     view = AssetGraphView(temporal_context=now, instance=instance, asset_graph=graph)
     resolver = CachingStaleStatusResolver(instance=instance, asset_graph=graph, loading_context=view)
     reasons = {}
-    for name in PARENTS:
+    for name in wanted:
         key = dg.AssetKey(name)
         status = resolver.get_status(key)
         if status == StaleStatus.MISSING:
@@ -205,7 +217,7 @@ def _stale_by_artifact(store: ArtifactStore, key: str, code_version: str) -> str
         return "there is no current artifact"
     if artifact.code_version != code_version:
         return "it was made with another configuration than today's"
-    for parent in PARENTS[key]:
+    for parent in _ALL[key]:
         source = store.current(parent) if parent != SOURCE else None
         if source and _made_from(artifact, parent) != source.data_version:
             return f"{parent} is another version than the one it was made from"

@@ -35,7 +35,7 @@ class StoreResource(dg.ConfigurableResource):
 
 class GPUResource(dg.ConfigurableResource):
     """The device that trains and generates: it loads the 4-bit model and drives the SFTTrainer, in the step's own
-    process.
+    process, or, on several GPUs, in a process a GPU that the step starts and waits for.
 
     Without a CUDA device the same code runs on the CPU, which is what the `tiny` preset is for. No model is handed from
     one asset to the
@@ -52,6 +52,12 @@ class GPUResource(dg.ConfigurableResource):
         description='For a trial: settings by dotted name, such as {"training.learning_rate": 1e-4}. They are recorded '
         "with the adapter, and `triton-sft refresh` counts an adapter made with them as stale.",
     )
+    gpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="GPUs of this machine that train together; null: training.gpus. The adapter is the same on any "
+        "number, so it makes nothing stale.",
+    )
     progress: bool = Field(
         default=False,
         description="Show progress bars on the terminal. Leave it off under the web server, which stores every line.",
@@ -63,9 +69,11 @@ class GPUResource(dg.ConfigurableResource):
         Raises:
             PipelineError: an unknown preset or field.
         """
-        if not self.preset and not self.overrides:
+        if self.preset or self.overrides:
+            active = load_config(preset=self.preset or active.preset, overrides=self.overrides)
+        if self.gpus is None:
             return active
-        return load_config(preset=self.preset or active.preset, overrides=self.overrides)
+        return active.model_copy(update={"training": active.training.model_copy(update={"gpus": self.gpus})})
 
     @contextmanager
     def model(self, config: Config, adapter: Path | None = None) -> Iterator[tuple[Any, Any]]:

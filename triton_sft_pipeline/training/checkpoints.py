@@ -18,7 +18,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _RUN = "run.json"
 
 # trainer_state.json comes last: Trainer writes it when everything else is on disk.
-_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+# Random numbers of a training of one process, or of the first of several.
+_RANDOM = ("rng_state.pth", "rng_state_0.pth")
 
 
 def begin_run(output_dir: Path, fingerprint: str, resume: bool) -> Path | None:
@@ -49,6 +52,8 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether a process that died can have left `checkpoint` unfinished: all files are there and the last one says the
     step that the name says."""
     if not all((checkpoint / name).is_file() for name in _FILES):
+        return False
+    if not any((checkpoint / name).is_file() for name in _RANDOM):
         return False
     try:
         state: Any = read_json(checkpoint / "trainer_state.json")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.errors import StepError
 
@@ -20,8 +20,12 @@ _TOO_LITTLE = 1 << 20
 
 
 @contextmanager
-def failures_explained(config: SFTConfig) -> Iterator[None]:
-    """Turn running out of GPU memory or disk into a StepError; everything else passes as it is."""
+def failures_explained(config: SFTConfig, base: Any = None) -> Iterator[None]:
+    """Turn running out of GPU memory or disk into a StepError; everything else passes as it is.
+
+    Args:
+        base: the base model's transformers configuration; with it, a shipped preset that needs less is named.
+    """
     import torch
 
     try:
@@ -30,7 +34,7 @@ def failures_explained(config: SFTConfig) -> Iterator[None]:
         raise StepError(
             f"Out of memory on {device_name()} with training.per_device_batch_size "
             f"{config.per_device_train_batch_size} and training.max_length {config.max_length}: lower one of them, set "
-            "training.gradient_checkpointing to true, or choose a smaller preset."
+            f"training.gradient_checkpointing to true, or choose a smaller preset.{_smaller_preset(base)}"
         ) from error
     except Exception as error:
         if not _disk_is_full(error, Path(config.output_dir)):
@@ -39,6 +43,18 @@ def failures_explained(config: SFTConfig) -> Iterator[None]:
             f"The disk is full while writing to {config.output_dir}: free some space, or lower "
             "training.save_total_limit, and run again; training goes on from the last whole checkpoint."
         ) from error
+
+
+def _smaller_preset(base: Any) -> str:
+    """Which preset needs less than what was in use when no more could be had."""
+    import torch
+
+    # Here, because memory.py names the device in the same way.
+    from triton_sft_pipeline.training.memory import GIB, advice
+
+    if base is None or not (used := torch.cuda.max_memory_allocated()):
+        return ""
+    return f" {used / GIB:.1f} GiB were in use. {advice(base.name_or_path, base, used)}"
 
 
 def device_name() -> str:

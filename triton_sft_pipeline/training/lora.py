@@ -6,10 +6,12 @@ config that names gate_proj, up_proj or down_proj: it points these names at the 
 of the same name (attention's gate, shared experts, dense MLPs) without a word, and then refuses dropout. So one adapter
 has two forms here:
 
-* the training form: linear layers are wrapped as linear layers, with dropout; the fused experts as parameters, without
-  dropout, because PEFT has none there;
+* the training form: PEFT wraps the linear layers and nothing else; the fused experts, in 4 bits or float, get this
+  project's own adapter (`experts.adapter`), whose weights have the names and shapes that PEFT's would have. Dropout
+  holds for both;
 * the stock form, which is written to `adapter_config.json`: linear layers of those three names are listed as parameters
-  (`gate_proj.weight`), a spelling that the rewrite leaves alone. Names and shapes of the weights are the same in both.
+  (`gate_proj.weight`), a spelling that the rewrite leaves alone, and dropout is 0, because PEFT has none on parameters.
+  Names and shapes of the weights are the same in both.
 
 Models without fused experts take neither: PEFT does the right thing there.
 """
@@ -34,6 +36,7 @@ REWRITTEN = frozenset(name for names in FUSED_EXPERTS.values() for name in names
 """Target names that PEFT redirects from linear layers to fused experts."""
 
 _ADAPTER = "default"
+_PINNED = "This PEFT treats the architecture differently; use the pinned version."
 
 
 def create_lora_config(settings: LoraSettings | None = None) -> LoraConfig:
@@ -66,8 +69,9 @@ def attach_lora(model: Any, config: LoraConfig) -> PeftModel:
     and expert. `config` is left as it is.
 
     Raises:
-        PipelineError: a target names nothing in this model, or names one half of a fused pair.
-        StepError: PEFT attached another number of adapters than the targets call for.
+        PipelineError: a target names nothing in this model, or names one half of a fused pair, or the experts of this
+            architecture are not known.
+        StepError: PEFT attached another number of adapters than the targets call for, or none.
     """
     import copy
 
@@ -79,9 +83,20 @@ def attach_lora(model: Any, config: LoraConfig) -> PeftModel:
         return _counted(get_peft_model(model, config), expected)
     dropout, stock = config.lora_dropout, stock_form(config, model)
     config.lora_dropout = 0.0
-    config.target_parameters = [name for name in stock.target_parameters if not name.endswith(".weight")]
-    with _targets_left_alone(model):
-        peft_model = get_peft_model(model, config)
+    if on_experts := [name for name in stock.target_parameters if not name.endswith(".weight")]:
+        _require_packed_experts(model)
+    try:
+        with _targets_left_alone(model):
+            peft_model = get_peft_model(model, config)
+    except (AttributeError, ValueError) as error:
+        # What becomes of the rewrite when it gets past us: it points PEFT at experts that it cannot wrap.
+        raise StepError(f"PEFT cannot put an adapter on {_name_of(model)} ({error}). {_PINNED}") from error
+    if on_experts:
+        # Imported here: experts/ is made of torch's classes.
+        from triton_sft_pipeline.training.experts.adapter import wrap_experts
+
+        config.target_parameters = on_experts
+        wrap_experts(peft_model, config, _ADAPTER)
     _set_dropout(peft_model, dropout)
     # From here on the config only says what is written to disk: every checkpoint is loadable as it lies.
     peft_model.peft_config[_ADAPTER] = stock
@@ -196,7 +211,7 @@ def _counted(peft_model: PeftModel, expected: int) -> PeftModel:
     if (found := count_adapters(peft_model)) != expected:
         raise StepError(
             f"PEFT attached {found} adapters to {_name_of(peft_model)} where lora.target_modules calls for {expected}: "
-            "training would leave layers out. This PEFT treats the architecture differently; use the pinned version."
+            f"training would leave layers out. {_PINNED}"
         )
     return peft_model
 
@@ -252,18 +267,36 @@ def _named_modules_of(config: LoraConfig) -> list[str]:
     return sorted(names)
 
 
+def _require_packed_experts(model: Any) -> None:
+    """Replace the experts modules of the architecture by this project's, where loading has not done so: they share the
+    weights, and only they can have an adapter with dropout."""
+    from triton_sft_pipeline.training.experts.layouts import known_layout
+    from triton_sft_pipeline.training.experts.module import ExpertStorage, PackedExperts, replace_experts
+
+    names = _fused_experts(model)
+    foreign = [name for name in names if not isinstance(model.get_submodule(name.rsplit(".", 1)[0]), PackedExperts)]
+    if not foreign:
+        return
+    layout = known_layout(model.config)
+    if layout is None or not replace_experts(model, layout, ExpertStorage(compute_dtype=model.dtype)):
+        raise PipelineError(
+            f"{_name_of(model)} keeps its routed experts in {foreign[0]}, an architecture "
+            f"({model.config.model_type}) whose experts this project cannot adapt: leave "
+            f"{', '.join(sorted(REWRITTEN))} out of lora.target_modules."
+        )
+
+
 def _set_dropout(peft_model: PeftModel, dropout: float) -> None:
-    """Give every linear layer's adapter its dropout. PEFT would have to be told in the config, and then refuses the
-    experts."""
+    """Give every adapter its dropout. Told in the config, PEFT would stop at a rewrite that it should not have made
+    with a word about dropout, not about the layers that it drops."""
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
     from torch import nn
 
     if not dropout:
         return
     for module in peft_model.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
-            module.lora_dropout[_ADAPTER] = nn.Dropout(p=dropout)
+        if isinstance(module, LoraLayer):
+            module.lora_dropout[_ADAPTER] = nn.Dropout(p=dropout).train(module.training)
 
 
 @contextmanager

@@ -6,11 +6,13 @@ Knows nothing of data, prompts or training. What the device is, is found out her
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
+from triton_sft_pipeline.training.experts.layouts import NOT_QUANTISED, ExpertLayout, known_layout
 from triton_sft_pipeline.training.failures import device_name
 from triton_sft_pipeline.training.progress import library_bars
 from triton_sft_pipeline.training.settings import ModelSettings
@@ -20,19 +22,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NOT_QUANTISED = ("lm_head", "router.gate")
-"""Modules that stay in `compute_dtype`: the head, because the trainer's loss multiplies by its weight directly, and the
-routers, because a rounding error there sends a token to another expert."""
-
 
 def load_model_and_tokenizer(
     settings: ModelSettings, adapter: Path | None = None, *, progress: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the base model and its tokenizer, and put a trained adapter on it when one is given.
 
-    Linear layers become NF4 with double quantisation (unless `settings` says otherwise); embeddings, head, routers and
-    norms do not. Routed experts that the architecture keeps as one 3-D parameter stay in `compute_dtype`: bitsandbytes
-    cannot quantise those.
+    Linear layers and routed experts become NF4 with double quantisation (unless `settings` says otherwise); embeddings,
+    head, routers and norms do not. Experts are packed one at a time while they are read: the device never holds more
+    than the loaded model and a few tensors. Under torchrun a process loads onto the GPU of its LOCAL_RANK.
 
     Args:
         settings: which model, and how.
@@ -45,9 +43,10 @@ def load_model_and_tokenizer(
         pad token is set.
 
     Raises:
-        PipelineError: the model, revision or adapter is not there, or flash attention was asked for where it cannot be
-            had.
-        StepError: the model does not fit the device.
+        PipelineError: the model, revision or adapter is not there; its checkpoint has missing or extra tensors, which
+            are named; its experts are stored or named in a way that is not known; or flash attention was asked for
+            where it cannot be had.
+        StepError: the model does not fit the device, or something else is in 4 bits than what should be.
     """
     _check_attention(settings)
     tokenizer = _load_tokenizer(settings)
@@ -93,27 +92,124 @@ def _load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 def _load_base(settings: ModelSettings) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = getattr(torch, settings.compute_dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    with _missing_model_explained(settings):
+        config = AutoConfig.from_pretrained(settings.base_model, revision=settings.revision)
+    layout = known_layout(config)
+    _check_before_loading(settings, config, layout)
     if settings.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=settings.quant_type,
-            bnb_4bit_use_double_quant=settings.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(NOT_QUANTISED),
+        options["quantization_config"] = quantisation(settings, layout)
+    options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
+    with _failures_explained(settings), _missing_model_explained(settings):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            settings.base_model,
+            revision=settings.revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
-    options["device_map"] = {"": 0} if torch.cuda.is_available() else {"": "cpu"}
+    _check_tensors(found, settings)
+    if layout is not None and not settings.load_in_4bit:
+        from triton_sft_pipeline.training.experts.module import ExpertStorage, replace_experts
+
+        replace_experts(model, layout, ExpertStorage(compute_dtype=dtype))
+    return model
+
+
+def quantisation(settings: ModelSettings, layout: ExpertLayout | None) -> Any:
+    """The quantisation config that transformers takes for these settings.
+
+    Args:
+        settings: which numbers to use.
+        layout: how the architecture names its experts; None: a dense model, whose linear layers are all there is.
+
+    Returns:
+        A `PackedExpertsConfig`, or a `BitsAndBytesConfig` for a dense model.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    made: type = BitsAndBytesConfig
+    if layout is not None:
+        from triton_sft_pipeline.training.experts import quantizer
+
+        quantizer.register()
+        made = quantizer.PackedExpertsConfig
+    return made(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quant_type,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, settings.compute_dtype),
+        llm_int8_skip_modules=list(NOT_QUANTISED),
+    )
+
+
+def _check_before_loading(settings: ModelSettings, config: Any, layout: ExpertLayout | None) -> None:
+    from triton_sft_pipeline.training.experts.checks import check_checkpoint
+    from triton_sft_pipeline.training.experts.layouts import empty_model, require_known_experts
+    from triton_sft_pipeline.training.memory import require_memory
+
+    if layout is not None:
+        check_checkpoint(settings.base_model, settings.revision, config, layout, packed=settings.load_in_4bit)
+    elif settings.load_in_4bit:
+        require_known_experts(empty_model(config), config, settings.base_model)
+    require_memory(settings, config=config)
+
+
+def _check_tensors(found: dict[str, Any], settings: ModelSettings) -> None:
+    """Fail on what transformers only warns of: missing tensors would be random numbers, extra ones a part left out."""
+    kinds = {
+        "lacks": found["missing_keys"],
+        "has tensors unknown to it:": found["unexpected_keys"],
+        "has tensors of another shape:": [str(each[0]) for each in found["mismatched_keys"]],
+    }
+    for kind, names in kinds.items():
+        if names:
+            first = ", ".join(sorted(names)[:5])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise PipelineError(
+                f"{settings.base_model}: by the architecture of its config.json, the checkpoint {kind} {first}{more}. "
+                "Download it again, or name the directory of a whole one."
+            )
+
+
+@contextmanager
+def _failures_explained(settings: ModelSettings) -> Iterator[None]:
+    """Say which of the ways to fail while weights are loaded it was; transformers hides some of them."""
+    import torch
+
+    from triton_sft_pipeline.training.experts.quantizer import LoadingFailed
+
     try:
-        with _missing_model_explained(settings):
-            return AutoModelForCausalLM.from_pretrained(settings.base_model, revision=settings.revision, **options)
-    except torch.cuda.OutOfMemoryError as error:
+        yield
+    except LoadingFailed as failed:
+        error = failed.__cause__
+        if isinstance(error, PipelineError):
+            raise error from None
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise _does_not_fit(settings) from error
         raise StepError(
-            f"{settings.base_model} does not fit on {device_name()}: free the GPU, take a larger one, or choose a "
-            "smaller preset."
+            f"{settings.base_model} could not be packed in 4 bits: {type(error).__name__}: {_first_line(failed)}"
         ) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise _does_not_fit(settings) from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise StepError(
+            f"{settings.base_model} could not be quantised while it was loaded on {device_name()}. The report above "
+            "names the tensors and why; if memory was out, free the GPU, take a larger one, or choose a smaller preset."
+        ) from error
+
+
+def _does_not_fit(settings: ModelSettings) -> StepError:
+    return StepError(
+        f"{settings.base_model} does not fit on {device_name()}: free the GPU, take a larger one, or choose a smaller "
+        "preset."
+    )
 
 
 @contextmanager
@@ -153,6 +249,10 @@ def _check_quantisation(model: PreTrainedModel, settings: ModelSettings) -> None
         raise StepError(
             f"{settings.base_model}: {wrong[0]} was quantised to 4 bits, although heads and routers must not be."
         )
+    if known_layout(model.config) is not None:
+        from triton_sft_pipeline.training.experts.checks import check_packed
+
+        check_packed(model, settings.base_model)
 
 
 def _keep_cpu_weights_unpacked(model: PreTrainedModel) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.training.config import create_training_config
 from triton_sft_pipeline.training.lora import create_lora_config
+from triton_sft_pipeline.training.memory import require_memory
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
-from triton_sft_pipeline.training.trainer import OnLog, TrainingRun, train
+from triton_sft_pipeline.training.trainer import OnLog, OnStep, TrainingRun, train
 
 
 def read_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
@@ -43,13 +44,34 @@ def train_on_dataset(
 ) -> TrainingRun:
     """Load the base model and train an adapter on the `train.parquet` and `test.parquet` of `dataset`, into `output`.
 
-    Goes on from the last checkpoint in `output` when it is of this very training.
+    Goes on from the last checkpoint in `output` when it is of this very training. With `training.gpus` above 1 that
+    many processes do it together; their result holds no model.
 
     Raises:
-        PipelineError: the dataset or the base model cannot be read, or a sample is too long.
-        StepError: out of memory, or a full disk.
+        PipelineError: the dataset or the base model cannot be read, a sample is too long, or there are fewer GPUs.
+        StepError: out of memory, a full disk, or a process that died.
     """
+    if training.gpus == 1:
+        return train_in_this_process(model, lora, training, dataset, output, on_log=on_log, progress=progress)
+    from triton_sft_pipeline.training.launch import train_in_processes
+
+    return train_in_processes(model, lora, training, dataset, output, on_log=on_log, progress=progress)
+
+
+def train_in_this_process(
+    model: ModelSettings,
+    lora: LoraSettings,
+    training: TrainingSettings,
+    dataset: Path,
+    output: Path,
+    *,
+    on_log: OnLog | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = False,
+) -> TrainingRun:
+    """`train_on_dataset` without starting others: alone, or as one of the processes that were started for it."""
     rows = {split: read_rows(dataset, split) for split in ("train", "test")}
+    require_memory(model, lora, training)
     loaded, tokenizer = load_model_and_tokenizer(model)
     return train(
         loaded,
@@ -58,5 +80,6 @@ def train_on_dataset(
         create_training_config(training, output),
         create_lora_config(lora),
         on_log=on_log,
+        on_step=on_step,
         progress=progress,
     )

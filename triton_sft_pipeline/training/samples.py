@@ -28,11 +28,13 @@ class Sample:
         key: `sample_key` of the row, or its position.
         input_ids: tokens of the whole conversation, as the chat template renders it.
         labels: the same tokens where the completion is, `IGNORED` where the prompt is.
+        documents: lengths of the samples that were packed into this one, in order; empty: it is not packed.
     """
 
     key: str
     input_ids: list[int]
     labels: list[int]
+    documents: tuple[int, ...] = ()
 
 
 def tokenize_rows(

@@ -76,6 +76,7 @@ class TrainingSettings(_Settings):
         "adamw_torch",
         description="Optimiser; the 8-bit ones (bitsandbytes) need a CUDA device and a quarter of the memory.",
     )
+    gpus: int = Field(1, ge=1, description="GPUs of this machine that share the forward passes of every step (DDP).")
     per_device_batch_size: int = Field(1, ge=1, description="Samples a forward pass, a device.")
     gradient_accumulation_steps: int = Field(8, ge=1, description="Forward passes an optimiser step.")
     epochs: float = Field(3.0, gt=0, description="Passes over the train split; ignored when max_steps is positive.")
@@ -83,6 +84,7 @@ class TrainingSettings(_Settings):
     max_length: int = Field(
         4096, ge=16, description="Most tokens a sample may have. A longer one is refused, never cut."
     )
+    packing: bool = Field(False, description="Join samples to sequences of max_length, with no attention between them.")
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: about a third slower, far less memory."
     )

@@ -2,7 +2,8 @@
 
 What is guaranteed: no sample is cut; only completions are trained on; a killed training goes on from its last whole
 checkpoint and ends where an uninterrupted one ends; an interrupt saves a checkpoint first; a full disk or too little
-memory is said in one sentence. Knows the columns of the chat dataset, and nothing of traces, kernels or orchestration.
+memory is said in one sentence. As one of several processes it takes its share of every step, and only the first one
+writes. Knows the columns of the chat dataset, and nothing of traces, kernels or orchestration.
 """
 
 from __future__ import annotations
@@ -10,28 +11,27 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.files import hash_json, write_json
-from triton_sft_pipeline.training import checkpoints
+from triton_sft_pipeline.training import checkpoints, packing, ranks
 from triton_sft_pipeline.training.failures import failures_explained
 from triton_sft_pipeline.training.interrupts import DeferredInterrupts
 from triton_sft_pipeline.training.lora import attach_lora, count_adapters, load_adapter_weights
 from triton_sft_pipeline.training.progress import library_bars
 from triton_sft_pipeline.training.reload import LOG_FILE, PROBE_TOKENS, probe_loss
 from triton_sft_pipeline.training.samples import Sample, tokenize_rows
+from triton_sft_pipeline.training.sft import OnLog, OnStep, log_into, stopping, trainer_class, watching
 from triton_sft_pipeline.training.threads import suitable_threads
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig, SFTTrainer
-
-OnLog = Callable[[int, dict[str, float]], None]
 
 # What decides what is learned. A checkpoint made with other values of these is of another training.
 _DECISIVE = (
@@ -63,7 +63,8 @@ class TrainingRun:
         resumed_from: the step that this call went on from; None when it began at the beginning.
         adapters: layers and fused expert tensors that carry an adapter.
         trainable_parameters: numbers in the adapter.
-        model: the trained model in memory, in evaluation mode.
+        model: the trained model in memory, in evaluation mode; None when other processes trained it (`training.gpus`
+            above 1): load it with `load_model_and_tokenizer(settings, run.adapter_dir)`.
     """
 
     adapter_dir: Path
@@ -86,6 +87,7 @@ def train(
     lora_config: LoraConfig,
     *,
     on_log: OnLog | None = None,
+    on_step: OnStep | None = None,
     resume: bool = True,
     keep_checkpoints: bool = True,
     progress: bool = False,
@@ -97,6 +99,8 @@ def train(
         model: a base model without an adapter; it is changed in place and comes back, trained, in the result.
         dataset: `train` and optionally `test`, each rows with `prompt` and `completion` (lists of {role, content}).
         on_log: called with the step and its metrics at every log line.
+        on_step: called before the first step and after every one, with the steps done and all there are. When it says
+            True, training stops there as after an interrupt.
         resume: go on from the last whole checkpoint in the output directory when it is of this very training.
         keep_checkpoints: False deletes them once the adapter is saved.
         progress: show a progress bar.
@@ -110,17 +114,18 @@ def train(
     if hasattr(model, "peft_config"):
         raise PipelineError("The model already carries an adapter: load the base model again to train a new one.")
     splits = _tokenized_splits(dataset, tokenizer, training_config.max_length)
+    if training_config.packing:
+        splits["train"] = packing.prepare(model, splits["train"], training_config.max_length)
     output_dir = Path(training_config.output_dir)
-    with failures_explained(training_config), library_bars(progress), suitable_threads(model):
-        checkpoint = checkpoints.begin_run(
-            output_dir, _fingerprint(model, splits, training_config, lora_config), resume
-        )
+    with failures_explained(training_config, model.config), library_bars(progress), suitable_threads(model):
+        fingerprint = _fingerprint(model, splits, training_config, lora_config)
+        checkpoint = ranks.decided_by_first(lambda: checkpoints.begin_run(output_dir, fingerprint, resume))
         trainer = _build_trainer(
             model, tokenizer, splits, training_config, lora_config, on_log, first=checkpoint is None, progress=progress
         )
-        interrupts = _run(trainer, checkpoint)
+        interrupts = _run(trainer, checkpoint, on_step)
         run = _save(trainer, tokenizer, splits["train"][0], output_dir, started, checkpoint)
-        if not keep_checkpoints:
+        if not keep_checkpoints and ranks.rank() == 0:
             checkpoints.remove_checkpoints(output_dir)
     # An interrupt in the very last step came too late to stop anything, but its sender still has to hear of it.
     interrupts.raise_again()
@@ -147,6 +152,8 @@ def _tokenized_splits(dataset: Mapping[str, Any], tokenizer: Any, max_length: in
 def _fingerprint(model: Any, splits: Mapping[str, list[Sample]], config: SFTConfig, lora_config: LoraConfig) -> str:
     arguments = config.to_dict()
     lora = {key: sorted(value) if isinstance(value, set) else value for key, value in lora_config.to_dict().items()}
+    # The same samples a step are the same training, on however many GPUs.
+    arguments["gradient_accumulation_steps"] *= config.world_size
     quantisation = getattr(model.config, "quantization_config", None)
     return hash_json(
         {
@@ -178,8 +185,8 @@ def _build_trainer(
     from transformers.trainer_callback import PrinterCallback
 
     arguments = copy.copy(training_config)
-    # Lengths were checked; TRL would cut in silence.
-    arguments.max_length = None
+    # Lengths were checked; TRL would cut in silence. Packing, too, is done already.
+    arguments.max_length, arguments.packing = None, False
     arguments.disable_tqdm = not progress
     arguments.eval_strategy = training_config.eval_strategy if "test" in splits else "no"
     # The loss before the first step is what tells a reader whether anything was learned.
@@ -187,17 +194,20 @@ def _build_trainer(
     # The adapter's first weights are drawn now, before the trainer sets the seed itself.
     set_seed(arguments.seed)
     dtype, peft_model = model.dtype, attach_lora(model, lora_config)
-    trainer: SFTTrainer = _trainer_class()(
+    rows = len(splits["train"])
+    trainer: SFTTrainer = trainer_class(rows)(
         model=peft_model,
         args=arguments,
-        train_dataset=_as_dataset(splits["train"]),
+        train_dataset=_as_dataset(_shared_out(splits["train"], arguments)),
         eval_dataset=_as_dataset(splits["test"]) if "test" in splits else None,
         processing_class=tokenizer,
-        callbacks=_callbacks(on_log),
+        callbacks=[watching(on_log)],
+        data_collator=packing.collator(tokenizer.pad_token_id) if training_config.packing else None,
     )
     _cast_adapter(peft_model, dtype)
+    trainer.fast_layers = _made_fast(peft_model)
     trainer.remove_callback(PrinterCallback)
-    _log_into(trainer, Path(arguments.output_dir) / "runs")
+    log_into(trainer, Path(arguments.output_dir) / "runs")
     return trainer
 
 
@@ -212,84 +222,56 @@ def _cast_adapter(model: Any, dtype: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def _made_fast(model: Any) -> int:
+    """Have fused kernels take the place of slow layers, where there is a GPU to run them. Returns how many layers."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    from triton_sft_pipeline.training.fast.install import make_fast
+
+    return sum(".layers." in name for name in make_fast(model))
+
+
+def _make_plain(model: Any) -> None:
+    """Undo `_made_fast`: what fused layers work in is memory that nobody needs after training."""
+    import torch
+
+    if torch.cuda.is_available():
+        from triton_sft_pipeline.training.fast.install import make_plain
+
+        make_plain(model)
+
+
+def _shared_out(samples: list[Sample], arguments: SFTConfig) -> list[Sample]:
+    """Rows that fill whole batches in every process."""
+    if arguments.world_size == 1:
+        return samples
+    return ranks.fill_up(samples, arguments.world_size * arguments.per_device_train_batch_size)
+
+
 def _as_dataset(samples: list[Sample]) -> Any:
-    """A tokenised dataset: TRL takes `input_ids` and `labels` as they are."""
+    """A tokenised dataset: TRL takes `input_ids` and `labels` as they are. `seq_lengths` is its name, too, for the
+    lengths of what is packed into a row."""
     from datasets import Dataset
 
-    return Dataset.from_dict({"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]})
+    columns = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
+    if samples[0].documents:
+        columns["seq_lengths"] = [list(s.documents) for s in samples]
+    return Dataset.from_dict(columns)
 
 
-def _trainer_class() -> type[SFTTrainer]:
-    import torch
-    from trl import SFTTrainer
-
-    class AdapterTrainer(SFTTrainer):
-        """SFTTrainer that resumes an adapter in the types it was saved in, and whose evaluations leave no trace in the
-        training."""
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            # The inherited one turns bfloat16 adapters into float32, so that a resumed run would end elsewhere.
-            load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
-
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            # Every pass over a data loader draws a random number. Without this, how often one evaluates would change
-            # the dropout that follows.
-            with torch.random.fork_rng():
-                return super().evaluate(*args, **kwargs)
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Nothing: PEFT writes a card beside the weights, and that one suffices."""
-
-    return AdapterTrainer
-
-
-def _callbacks(on_log: OnLog | None) -> list[Any]:
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        """Hands every log line on, and evaluates after the very last step."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if state.global_step >= state.max_steps and args.eval_strategy != "no":
-                control.should_evaluate = True
-            return control
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-        ) -> None:
-            metrics = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
-            if on_log is not None and metrics:
-                on_log(state.global_step, metrics)
-
-    return [Progress()]
-
-
-def _log_into(trainer: SFTTrainer, directory: Path) -> None:
-    """Write TensorBoard events to one known place; the default names a directory after the machine and the minute."""
-    from transformers.integrations import TensorBoardCallback
-
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = str(directory)
-
-
-def _run(trainer: SFTTrainer, checkpoint: Path | None) -> DeferredInterrupts:
+def _run(trainer: SFTTrainer, checkpoint: Path | None, on_step: OnStep | None) -> DeferredInterrupts:
     """Train to the end, or to the step after an interrupt, which is then handed on."""
-    from transformers import TrainerCallback
-
     if checkpoint and _was_last(trainer, checkpoint):
         return DeferredInterrupts()
     with DeferredInterrupts() as interrupts:
-
-        class StopWhenInterrupted(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-                if interrupts.received is not None:
-                    control.should_save = control.should_training_stop = True
-                return control
-
-        trainer.add_callback(StopWhenInterrupted())
+        trainer.add_callback(stopping(lambda: interrupts.received is not None, on_step))
+        ranks.draw_differently(trainer.args.seed)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupts.received is not None and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.state.global_step < trainer.state.max_steps:
+        # A process that ends with an error has the others ended: the first one has to be through with saving.
+        ranks.wait_for_all()
         interrupts.raise_again()
         raise StepError(
             f"Training was interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint "
@@ -315,8 +297,9 @@ def _save(
 ) -> TrainingRun:
     model: PeftModel = trainer.model
     _ready_for_inference(model)
-    model.save_pretrained(str(output_dir), save_embedding_layers=False)
-    tokenizer.save_pretrained(str(output_dir))
+    if ranks.rank() == 0:
+        model.save_pretrained(str(output_dir), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(output_dir))
     history = [dict(entry) for entry in trainer.state.log_history]
     train_losses = [entry["loss"] for entry in history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -332,7 +315,8 @@ def _save(
         trainable_parameters=sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
         model=model,
     )
-    _write_log(run, trainer, sample)
+    if ranks.rank() == 0:
+        _write_log(run, trainer, sample)
     return run
 
 
@@ -356,6 +340,8 @@ def _write_log(run: TrainingRun, trainer: SFTTrainer, sample: Sample) -> None:
             "adapters": run.adapters,
             "trainable_parameters": run.trainable_parameters,
             "dropout": max(dropout, default=0.0),
+            "fast_layers": trainer.fast_layers,
+            "processes": trainer.args.world_size,
             "arguments": {key: str(getattr(trainer.args, key)) for key in _DECISIVE},
             "probe": {"input_ids": sample.input_ids[:PROBE_TOKENS], "loss": probe_loss(run.model, sample.input_ids)},
             "log_history": run.log_history,
@@ -365,6 +351,7 @@ def _write_log(run: TrainingRun, trainer: SFTTrainer, sample: Sample) -> None:
 
 def _ready_for_inference(model: Any) -> None:
     """Undo what training switched on: recomputation forbids the cache that generation needs."""
+    _make_plain(model)
     # transformers 5.2x renamed this; asking for the old name there warns.
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     model.disable_input_require_grads()

@@ -38,6 +38,13 @@ def test_a_checkpoint_without_one_of_its_files_is_skipped_and_removed(tmp_path: 
     assert not half.exists()
 
 
+def test_a_checkpoint_of_several_processes_is_whole_with_their_random_numbers(tmp_path: Path) -> None:
+    begin_run(tmp_path, "same", resume=True)
+    shared = checkpoint(tmp_path, 5)
+    (shared / "rng_state.pth").rename(shared / "rng_state_0.pth")
+    assert begin_run(tmp_path, "same", resume=True) == shared
+
+
 @pytest.mark.parametrize("state", ["", '{"global_step": 1', '{"global_step": 7}', "[]"])
 def test_a_checkpoint_whose_state_breaks_off_or_says_another_step_is_skipped(tmp_path: Path, state: str) -> None:
     begin_run(tmp_path, "same", resume=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.training.config import create_training_config
+from triton_sft_pipeline.training.config import accumulation_steps_each, create_training_config
 from triton_sft_pipeline.training.settings import TrainingSettings
 
 
@@ -105,3 +105,32 @@ def test_wandb_that_is_not_installed_is_refused_with_the_fix(tmp_path: Path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
     with pytest.raises(PipelineError, match=r"wandb is not installed: pip install 'triton-sft-pipeline\[wandb\]'"):
         create_training_config(TrainingSettings(report_to_wandb=True), tmp_path)
+
+
+def test_processes_share_the_accumulation_steps_of_one() -> None:
+    settings = TrainingSettings(gradient_accumulation_steps=8)
+    shares = [accumulation_steps_each(settings.model_copy(update={"gpus": gpus})) for gpus in (1, 2, 4, 8)]
+    assert shares == [8, 4, 2, 1]
+    with pytest.raises(
+        PipelineError, match=r"accumulation_steps 8 cannot be shared by 3 GPUs.*set it to a multiple of 3"
+    ):
+        accumulation_steps_each(settings.model_copy(update={"gpus": 3}))
+
+
+def test_several_gpus_for_a_model_that_is_already_loaded_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"training.gpus is 2, but.*1 in all: use `triton-sft train --gpus 2`"):
+        create_training_config(TrainingSettings(gpus=2), tmp_path)
+
+
+def test_processes_send_each_other_neither_buffers_nor_a_list_of_unused_parameters(tmp_path: Path) -> None:
+    config = create_training_config(output_dir=tmp_path)
+    assert (config.ddp_broadcast_buffers, config.ddp_find_unused_parameters) == (False, False)
+    assert config.average_tokens_across_devices is True
+
+
+def test_one_process_trains_on_one_gpu_however_many_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    config = create_training_config(output_dir=tmp_path)
+    assert config._n_gpu == 1

@@ -16,6 +16,7 @@ from triton_sft_pipeline.errors import StepError
 from triton_sft_pipeline.training import model as model_module
 from triton_sft_pipeline.training.failures import device_name, failures_explained
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
+from triton_sft_pipeline.training.settings import ModelSettings
 from triton_sft_pipeline_tests.training.setups import Setup, at_step
 
 
@@ -46,6 +47,26 @@ def test_out_of_memory_names_the_device_and_what_to_lower(config: Any, monkeypat
     )
     with pytest.raises(StepError, match=message), failures_explained(config):
         exhaust()
+
+
+def test_out_of_memory_names_a_preset_of_the_same_base_model_that_needs_less(
+    config: Any, afmoe: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes  # noqa: F401
+    import torch
+    from transformers import AutoConfig
+
+    base = AutoConfig.from_pretrained(afmoe.base_model)
+    base.name_or_path = "/models/Trinity-Mini"
+    pretend_there_is_a_gpu(monkeypatch)
+    # More than the three presets need with a model as small as this one, then less.
+    for used, said in [
+        (8 * 2**30, r"8\.0 GiB were in use\. The preset trinity-mini-16k fits"),
+        (1, "No shipped preset"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda used=used: used)
+        with pytest.raises(StepError, match=rf"choose a smaller preset\. .*{said}"), failures_explained(config, base):
+            exhaust()
 
 
 def test_out_of_memory_in_a_step_is_said_so(setup: Setup, tmp_path: Path) -> None:

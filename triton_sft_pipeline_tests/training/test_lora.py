@@ -47,11 +47,10 @@ def test_the_original_config_reaches_every_projection_of_an_afmoe(afmoe: ModelSe
     assert len(found) == 18
 
 
-def test_dropout_is_set_on_linear_layers_and_absent_on_experts(afmoe: ModelSettings) -> None:
+def test_dropout_is_set_on_linear_layers_and_experts(afmoe: ModelSettings) -> None:
     model, _ = load_model_and_tokenizer(afmoe)
     for name, module in adapted(attach_lora(model, create_lora_config())).items():
-        rate = getattr(module.lora_dropout["default"], "p", 0.0)
-        assert rate == (0.0 if ".experts." in name else 0.05), name
+        assert getattr(module.lora_dropout["default"], "p", 0.0) == 0.05, name
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])
@@ -71,6 +70,122 @@ def test_dropout_acts_in_training_and_not_in_evaluation(afmoe: ModelSettings, lo
             assert not torch.equal(layer(inputs), layer(inputs))
             model.eval()
             assert torch.equal(layer(inputs), layer(inputs))
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_dropout_acts_on_the_experts_alone_too(afmoe: ModelSettings, load_in_4bit: bool) -> None:
+    import torch
+
+    settings = afmoe.model_copy(update={"load_in_4bit": load_in_4bit})
+    model = attach_lora(load_model_and_tokenizer(settings)[0], create_lora_config(LoraSettings(r=4, dropout=0.5)))
+    layers = [module for name, module in adapted(model).items() if ".experts." in name]
+    assert len(layers) == 2
+    tokens = torch.arange(20, 60)[None]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        with torch.no_grad():
+            model.train()
+            assert not torch.equal(model(tokens).logits, model(tokens).logits)
+            model.eval()
+            assert torch.equal(model(tokens).logits, model(tokens).logits)
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_recomputing_activations_changes_no_gradient(afmoe: ModelSettings, load_in_4bit: bool) -> None:
+    """With dropout: the backward pass draws the forward pass's masks again."""
+    import torch
+
+    settings = afmoe.model_copy(update={"load_in_4bit": load_in_4bit})
+    tokens = torch.arange(20, 60)[None]
+    found: list[dict[str, Any]] = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = attach_lora(load_model_and_tokenizer(settings)[0], create_lora_config(LoraSettings(r=4, dropout=0.3)))
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.train()
+        if recompute:
+            base = model.base_model.model
+            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+            assert base.is_gradient_checkpointing
+        torch.manual_seed(1)
+        model(tokens, labels=tokens).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(found[0]) == 2 * 18
+    for name, gradient in found[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_a_disabled_adapter_gives_the_base(afmoe: ModelSettings) -> None:
+    import torch
+
+    tokens = torch.arange(20, 60)[None]
+    base, _ = load_model_and_tokenizer(afmoe)
+    with torch.no_grad():
+        before = base(tokens).logits
+        model = attach_lora(base, create_lora_config()).eval()
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name and ".experts." in name:
+                torch.nn.init.normal_(parameter)
+        assert not torch.equal(model(tokens).logits, before)
+        with model.disable_adapter():
+            assert torch.equal(model(tokens).logits, before)
+        assert not torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_names_and_shapes_of_the_weights_are_those_of_stock_peft(afmoe: ModelSettings, load_in_4bit: bool) -> None:
+    """Stock PEFT's, on the unquantised model, from the config that is saved."""
+    from peft import get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    settings = afmoe.model_copy(update={"load_in_4bit": load_in_4bit})
+    ours = attach_lora(load_model_and_tokenizer(settings)[0], create_lora_config(LoraSettings(r=4, expert_r=2)))
+    stock = get_peft_model(AutoModelForCausalLM.from_pretrained(afmoe.base_model), ours.peft_config["default"])
+    shapes = [
+        {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+        for model in (ours, stock)
+    ]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == 2 * 18
+
+
+def test_the_architectures_own_experts_are_replaced_where_loading_has_not(afmoe: ModelSettings) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(20, 60)[None]
+    base = AutoModelForCausalLM.from_pretrained(afmoe.base_model).eval()
+    with torch.no_grad():
+        before = base(tokens).logits
+        model = attach_lora(base, create_lora_config())
+        assert count_adapters(model) == 18
+        torch.testing.assert_close(model.eval()(tokens).logits, before)
+
+
+def test_experts_of_an_unknown_architecture_are_named() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    with pytest.raises(
+        PipelineError, match=r"model.layers.0.mlp.experts.gate_up_proj, .*\(qwen3_moe\).* leave down_proj"
+    ):
+        attach_lora(Qwen3MoeForCausalLM(config), create_lora_config())
 
 
 def test_a_new_adapter_changes_nothing_and_a_trained_one_reaches_every_layer(afmoe: ModelSettings) -> None:
@@ -158,7 +273,15 @@ def test_half_of_a_fused_expert_tensor_is_refused(afmoe: ModelSettings) -> None:
 def test_a_peft_that_drops_layers_is_found_out(afmoe: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     # PEFT's rewrite as it is without our guard: it drops the attention gate, the shared experts and the dense MLP.
     monkeypatch.setattr(lora_module, "_targets_left_alone", lambda model: nullcontext())
-    with pytest.raises(StepError, match=r"PEFT attached 10 adapters .* calls for 18"):
+    with pytest.raises(StepError, match=r"PEFT .*use the pinned version"):
+        attach_lora(load_model_and_tokenizer(afmoe)[0], create_lora_config())
+
+
+def test_an_adapter_too_few_is_found_out(afmoe: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_sft_pipeline.training.experts import adapter
+
+    monkeypatch.setattr(adapter, "wrap_experts", lambda *_: 0)
+    with pytest.raises(StepError, match=r"PEFT attached 16 adapters .* calls for 18"):
         attach_lora(load_model_and_tokenizer(afmoe)[0], create_lora_config())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.training.lora import attach_lora, create_lora_config
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
 from triton_sft_pipeline.training.reload import Reloaded, probe_loss, reload_adapter
 from triton_sft_pipeline.training.settings import ModelSettings
@@ -46,6 +47,30 @@ def test_the_reloaded_model_is_the_trained_one_to_the_bit(setup: Setup, trained:
     check = reload_adapter(trained.adapter_dir, setup.model)
     assert check.recorded == check.reloaded
     assert check.agrees
+
+
+def test_every_tensor_of_the_adapter_moves(setup: Setup, trained: TrainingRun) -> None:
+    from peft import get_peft_model_state_dict
+    from transformers import set_seed
+
+    set_seed(setup.training.seed)
+    first = attach_lora(load_model_and_tokenizer(setup.model)[0], create_lora_config(setup.lora))
+    before, after = get_peft_model_state_dict(first), adapter_weights(trained.adapter_dir)
+    assert before.keys() == after.keys()
+    assert len(after) == 2 * 18
+    for name, value in after.items():
+        assert (value - before[name]).abs().max() > 1e-3, name
+
+
+def test_the_experts_were_trained_in_4_bits_with_dropout(trained: TrainingRun) -> None:
+    from triton_sft_pipeline.training.experts.adapter import ExpertAdapter
+
+    wrappers = [module for module in trained.model.modules() if isinstance(module, ExpertAdapter)]
+    assert [wrapper.lora_dropout["default"].p for wrapper in wrappers] == [0.1, 0.1]
+    assert all(wrapper.get_base_layer().is_packed for wrapper in wrappers)
+    saved = json.loads((trained.adapter_dir / "adapter_config.json").read_text())
+    assert saved["lora_dropout"] == 0.0
+    assert json.loads((trained.adapter_dir / "training_log.json").read_text())["dropout"] == 0.1
 
 
 def test_a_bfloat16_adapter_is_reloaded_to_the_bit(setup: Setup, tmp_path: Path) -> None:
@@ -178,11 +203,20 @@ def move_to_dequantised_base(adapter: Path, quantised: ModelSettings, base_dir: 
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
 
+    from triton_sft_pipeline.training.experts.module import PROJECTIONS, PackedExperts
+
     base = AutoModelForCausalLM.from_pretrained(quantised.base_model)
+    replaced = []
     with torch.no_grad():
         for name, module in load_model_and_tokenizer(quantised)[0].named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 base.get_submodule(name).weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
+            elif isinstance(module, PackedExperts):
+                assert module.is_packed
+                replaced.append(name)
+                for parameter in PROJECTIONS:
+                    base.get_submodule(name).get_parameter(parameter).copy_(module.weight(parameter))
+    assert replaced == ["model.layers.1.mlp.experts"]
     base.save_pretrained(base_dir)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base_dir)}))

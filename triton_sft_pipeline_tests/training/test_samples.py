@@ -33,6 +33,10 @@ def test_the_loss_mask_covers_exactly_the_completion(tokenizer: Any, rows: list[
         assert sample.input_ids[:first] == prompt
 
 
+def test_a_row_is_one_document(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    assert {sample.documents for sample in tokenize_rows(rows, tokenizer, None, "train")} == {()}
+
+
 def test_the_labels_that_reach_the_model_are_those(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

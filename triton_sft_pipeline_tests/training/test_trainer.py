@@ -106,6 +106,35 @@ def test_the_model_that_comes_back_is_ready_to_generate(trained: TrainingRun) ->
     assert written.shape == (1, 7)
 
 
+def test_the_log_says_which_layers_ran(trained: TrainingRun) -> None:
+    log = json.loads((trained.adapter_dir / "training_log.json").read_text())
+    assert (log["fast_layers"], log["processes"]) == (0, 1)
+
+
+def test_every_tensor_of_the_adapter_has_a_gradient_though_experts_get_no_token(setup: Setup, tmp_path: Path) -> None:
+    """What training in several processes rests on: they wait for the gradient of every tensor."""
+    import torch
+
+    from triton_sft_pipeline.training.lora import attach_lora
+
+    model, _ = load_model_and_tokenizer(setup.model)
+    model = attach_lora(model, create_lora_config(setup.lora)).train()
+    # One token reaches two of eight experts.
+    tokens = torch.tensor([[20, 21]])
+    model(tokens, labels=tokens).loss.backward()
+    adapter = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert adapter and all(".lora_" in name for name in adapter)
+    assert [name for name, parameter in adapter.items() if parameter.grad is None] == []
+
+
+def test_packed_samples_are_trained_on_without_seeing_each_other(
+    setup: Setup, trained: TrainingRun, tmp_path: Path
+) -> None:
+    run = setup.but(training={"packing": True, "max_steps": 2, "per_device_batch_size": 1}).train(tmp_path)
+    assert losses_finite(run.log_history)
+    assert run.train_loss[1] < run.train_loss[0]
+
+
 def test_training_without_a_test_split_has_no_eval_loss(setup: Setup, tmp_path: Path) -> None:
     run = setup.but(dataset={"test": []}, training={"max_steps": 1}).train(tmp_path)
     assert run.eval_loss is None

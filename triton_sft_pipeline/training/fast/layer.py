@@ -1,0 +1,318 @@
+"""A whole AFMoE decoder layer, attention and MLP, as one differentiable function with a hand-written backward pass.
+
+With x the input, n1..n4 the four norms and @ a linear layer with its LoRA:
+
+    q, k, v, g = n1(x) @ (Wq, Wk, Wv, Wg);  q, k = rope(norm(q), norm(k))
+    o = attention(q, k, v);  a = (o * sigmoid(g)) @ Wo;  m = x + n2(a)
+    f = mlp(n3(m));  out = m + n4(f)          mlp: SwiGLU, or shared experts + routed experts
+
+Of the forward pass only x, o, a, f and the routing are kept; everything between is computed again in the backward
+pass, except attention and the last products of the MLP, whose inputs are enough. Where memory is short, a or both o
+and a are computed again, too. Frozen weights are unpacked into scratch memory once a pass. Everything runs in the type
+of x, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from triton_sft_pipeline.training.experts import math
+from triton_sft_pipeline.training.experts.adapter import join_a, join_b, split_a, split_b
+from triton_sft_pipeline.training.experts.math import Factors, Routes
+from triton_sft_pipeline.training.fast import linear, ops
+from triton_sft_pipeline.training.fast.attention import Documents, flash, flash_backward
+from triton_sft_pipeline.training.fast.linear import Projection
+from triton_sft_pipeline.training.fast.parts import LayerParts, RoutedPart
+from triton_sft_pipeline.training.fast.scratch import Scratch
+
+Gradients = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one pass through one layer is given besides its input.
+
+    Attributes:
+        parts: the layer.
+        documents: who sees whom.
+        cos, sin: [N, head_dim], RoPE's tables in the type of x; used by layers with a window only.
+        seeds: `parts.SEEDS` seeds of dropout masks.
+        keep_attention: keep o for the backward pass.
+        keep_branch: keep a as well; without o there is no point in it.
+        scratch: shared by all layers.
+    """
+
+    parts: LayerParts
+    documents: Documents
+    cos: Tensor
+    sin: Tensor
+    seeds: Sequence[int]
+    keep_attention: bool
+    keep_branch: bool
+    scratch: Scratch
+
+
+def decoder_layer(x: Tensor, call: LayerCall) -> Tensor:
+    """The layer's output for `x` [rows, tokens, H]; differentiable in x and in the adapters' weights."""
+    out: Tensor = _DecoderLayer.apply(x, call, *call.parts.parameters())
+    return out
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: LayerCall, *factors: Tensor | None) -> Tensor:
+        parts, flat = call.parts, x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            attention = _attention(call, flat, factors, None).kept()
+            middle, y, _, _ = ops.norm_add_norm(
+                attention[3], parts.norms[1].weight, flat, parts.norms[2].weight, parts.eps
+            )
+            keep = (call.keep_attention,) * 3 + (call.keep_attention and call.keep_branch,)
+            kept = [tensor if wanted else None for tensor, wanted in zip(attention, keep, strict=True)]
+            # The MLP needs the room.
+            del attention
+            mlp, routing = _mlp(call, y, factors)
+            out, rstd = ops.norm_add(mlp, parts.norms[3].weight, middle, parts.eps)
+        ctx.call, ctx.shape = call, x.shape
+        ctx.save_for_backward(flat, mlp, rstd, *kept, *routing, *factors)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mlp, rstd, *rest = ctx.saved_tensors
+        kept, routing, factors = rest[:4], rest[4:11], rest[11:]
+        call: LayerCall = ctx.call
+        with torch.autocast(x.device.type, enabled=False):
+            # An expanded gradient (that of a sum) has strides that no kernel takes.
+            dx, gradients = _backward(call, grad.reshape(x.shape).contiguous(), x, mlp, rstd, kept, routing, factors)
+        return dx.view(ctx.shape), None, *gradients
+
+
+def _backward(
+    call: LayerCall,
+    grad: Tensor,
+    x: Tensor,
+    mlp: Tensor,
+    rstd: Tensor,
+    kept: Sequence[Tensor | None],
+    routing: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+) -> tuple[Tensor, Gradients]:
+    """The gradients of x [N, H] and of the factors, in their order."""
+    parts = call.parts
+    norms = [norm.weight for norm in parts.norms]
+    attention = None
+    if kept[0] is None:
+        # Of this pass, too, only what is expensive stays while the MLP goes backwards: the micro-batch is long.
+        kept = _attention(call, x, factors, None).kept()
+    elif kept[3] is None:
+        attention = _attention(call, x, factors, kept)
+        kept = attention.kept()
+    branch = kept[3]
+    middle, y, rstd_branch, rstd_middle = ops.norm_add_norm(branch, norms[1], x, norms[2], parts.eps)
+    dmlp = ops.rms_norm_backward(grad, mlp, norms[3], rstd)
+    dy, mlp_gradients = _mlp_backward(call, dmlp, y, routing, factors)
+    dmiddle = ops.rms_norm_backward(dy, middle, norms[2], rstd_middle, grad)
+    del dmlp, dy, middle, y
+    dbranch = ops.rms_norm_backward(dmiddle, branch, norms[1], rstd_branch)
+    attention = attention or _attention(call, x, factors, kept)
+    dnormed, attention_gradients = _attention_backward(call, dbranch, attention)
+    dx = ops.rms_norm_backward(dnormed, x, norms[0], attention.rstd, dmiddle)
+    return dx, attention_gradients + mlp_gradients
+
+
+# -- attention -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Attention:
+    """Attention's part of a forward pass, first or repeated; names as in the module's formulas."""
+
+    rstd: Tensor
+    qkvg: Tensor
+    dropped: Tensor | None
+    t: Tensor | None
+    q: Tensor
+    k: Tensor
+    rstd_q: Tensor
+    rstd_k: Tensor
+    o: Tensor
+    log_sum: Tensor
+    random: Tensor | None
+    into: Projection
+    out: Projection
+    gated: Tensor
+    branch: Tensor
+    """a: what attention adds to the residual, before its norm."""
+
+    def kept(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What makes another pass cheap."""
+        return self.o, self.log_sum, self.random, self.branch
+
+
+def _attention(
+    call: LayerCall, x: Tensor, factors: Sequence[Tensor | None], kept: Sequence[Tensor | None] | None
+) -> _Attention:
+    """Attention's forward pass; what `kept` holds (o, its log-sum, the kernel's random numbers, a) is not computed
+    again."""
+    parts = call.parts
+    normed, rstd = ops.rms_norm(x, parts.norms[0].weight, parts.eps)
+    into, out = (_load(call, place, factors, x) for place in (0, 1))
+    qkvg, dropped, t = linear.forward(into, normed)
+    cos, sin = (call.cos, call.sin) if parts.window is not None else (None, None)
+    q, k, rstd_q, rstd_k = ops.qk_norm_rope(
+        qkvg, parts.q_norm.weight, parts.k_norm.weight, parts.eps, cos, sin, parts.heads, parts.kv_heads, parts.head_dim
+    )
+    if kept is None:
+        documents = call.documents
+        o, log_sum, random = flash(q, k, _values(parts, qkvg), parts.window, documents.ends, documents.longest)
+    else:
+        o, log_sum, random = kept[:3]  # type: ignore[assignment]
+    gated = ops.gate_mul(o.flatten(1), _gates(parts, qkvg))
+    branch = linear.forward(out, gated)[0] if kept is None or kept[3] is None else kept[3]
+    return _Attention(rstd, qkvg, dropped, t, q, k, rstd_q, rstd_k, o, log_sum, random, into, out, gated, branch)
+
+
+def _attention_backward(call: LayerCall, grad: Tensor, a: _Attention) -> tuple[Tensor, Gradients]:
+    """The gradients of n1(x) and of attention's factors, given that of a."""
+    parts, documents = call.parts, call.documents
+    dgated, dt = linear.input_gradient(a.out, grad)
+    out_gradients = linear.factor_gradients(a.out, grad, dt, *linear.reduce(a.out, a.gated))
+    dqkvg = torch.empty_like(a.qkvg)
+    do = ops.gate_mul_backward(dgated, a.o.flatten(1), _gates(parts, a.qkvg), _gates(parts, dqkvg))
+    dq, dk, dv = flash_backward(
+        do.view(a.o.shape),
+        a.q,
+        a.k,
+        _values(parts, a.qkvg),
+        a.o,
+        a.log_sum,
+        a.random,
+        parts.window,
+        documents.ends,
+        documents.longest,
+    )
+    _values(parts, dqkvg).copy_(dv)
+    cos, sin = (call.cos, call.sin) if parts.window is not None else (None, None)
+    ops.qk_norm_rope_backward(
+        dq, dk, a.qkvg, parts.q_norm.weight, parts.k_norm.weight, a.rstd_q, a.rstd_k, cos, sin, dqkvg
+    )
+    dnormed, dt = linear.input_gradient(a.into, dqkvg)
+    return dnormed, linear.factor_gradients(a.into, dqkvg, dt, a.dropped, a.t) + out_gradients
+
+
+def _values(parts: LayerParts, qkvg: Tensor) -> Tensor:
+    """v's columns as [N, kv_heads, head_dim], a view."""
+    start, end = parts.groups[0].columns[2:4]
+    return qkvg[:, start:end].unflatten(1, (parts.kv_heads, parts.head_dim))
+
+
+def _gates(parts: LayerParts, qkvg: Tensor) -> Tensor:
+    """g's columns [N, heads * head_dim], a view."""
+    return qkvg[:, parts.groups[0].columns[3] :]
+
+
+# -- the MLP -------------------------------------------------------------------------------------------------------
+
+
+def _mlp(call: LayerCall, y: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """f [N, H], and what the backward pass needs of the routing: weights, index, logits and the four of `Routes`."""
+    into, out = (_load(call, place, factors, y) for place in (2, 3))
+    f = linear.forward(out, ops.swiglu(linear.forward(into, y)[0]))[0]
+    routed = call.parts.routed
+    if routed is None:
+        return f, (None,) * 7
+    logits = torch.mm(y, routed.router.weight.to(y.dtype).t())
+    weights, index = ops.router(logits, routed.bias, routed.chosen, routed.route_scale)
+    routes = math.route(index, routed.experts.num_experts)
+    first, second = _expert_factors(call, routed, factors)
+    u, _ = math.up(y, routes, _expert_weight(call, routed, "gate_up_proj"), first)
+    f.add_(math.down(u, weights, routes, _expert_weight(call, routed, "down_proj"), second))
+    return f, (weights, index, logits, routes.order, routes.inverse, routes.tokens, routes.offsets)
+
+
+def _mlp_backward(
+    call: LayerCall,
+    grad: Tensor,
+    y: Tensor,
+    routing: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+) -> tuple[Tensor, Gradients]:
+    """The gradients of y [N, H] and of the MLP's factors, given that of f."""
+    dy, expert_gradients = _routed_backward(call, grad, y, routing, factors)
+    into, out = (_load(call, place, factors, y) for place in (2, 3))
+    u, dropped, t = linear.forward(into, y)
+    dh, dt = linear.input_gradient(out, grad)
+    du, h, _ = ops.swiglu_backward(dh, u)
+    out_gradients = linear.factor_gradients(out, grad, dt, *linear.reduce(out, h))
+    dy, dt = linear.input_gradient(into, du, dy)
+    return dy, [*linear.factor_gradients(into, du, dt, dropped, t), *out_gradients, *expert_gradients]
+
+
+def _routed_backward(
+    call: LayerCall,
+    grad: Tensor,
+    y: Tensor,
+    routing: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Gradients]:
+    """The routed experts' and the router's share of the gradient of y, and the gradients of the experts' factors."""
+    routed = call.parts.routed
+    if routed is None:
+        return None, []
+    weights, index, logits, *sorted_ = routing
+    assert weights is not None and index is not None and logits is not None
+    routes = Routes(*sorted_)  # type: ignore[arg-type]
+    first, second = _expert_factors(call, routed, factors)
+    w1 = _expert_weight(call, routed, "gate_up_proj")
+    u, t = math.up(y, routes, w1, first)
+    w2 = _expert_weight(call, routed, "down_proj")
+    du, dweights, *down_gradients = math.down_backward(grad, u, weights, routes, w2, second)
+    del u
+    dy, *up_gradients = math.up_backward(du, y, routes, w1, first, t)
+    dlogits = ops.router_backward(dweights, logits, index, routed.route_scale)
+    dy.addmm_(dlogits, routed.router.weight.to(y.dtype))
+    return dy, [_joined(g, place) for place, g in enumerate((*up_gradients, *down_gradients))]
+
+
+def _joined(gradient: Tensor | None, place: int) -> Tensor | None:
+    """A factor's gradient in the layout in which PEFT stores the factor: A, B, A, B."""
+    if gradient is None:
+        return None
+    return join_b(gradient) if place % 2 else join_a(gradient)
+
+
+def _expert_factors(
+    call: LayerCall, routed: RoutedPart, factors: Sequence[Tensor | None]
+) -> tuple[Factors | None, Factors | None]:
+    def one(place: int) -> Factors | None:
+        a, b = factors[len(factors) - 4 + 2 * place : len(factors) - 2 + 2 * place]
+        scale = routed.scales[place]
+        if a is None or b is None or scale is None:
+            return None
+        count, dtype = routed.experts.num_experts, call.cos.dtype
+        split = split_a(a.to(dtype), count), split_b(b.to(dtype), count)
+        return Factors(*split, scale, routed.dropouts[place], call.seeds[4 + place])
+
+    return one(0), one(1)
+
+
+def _expert_weight(call: LayerCall, routed: RoutedPart, name: str) -> Tensor:
+    """All experts' weights [E, out, in], unpacked into scratch memory."""
+    experts, out = routed.experts, None
+    if experts.is_packed:
+        out = call.scratch.take(name, experts.shape_of(name), experts.compute_dtype, call.cos.device)
+    return experts.weight(name, out=out).to(call.cos.dtype)
+
+
+def _load(call: LayerCall, place: int, factors: Sequence[Tensor | None], like: Tensor) -> Projection:
+    """The place-th group of linear layers, ready to multiply with."""
+    mine = factors[call.parts.places[place]]
+    return linear.load(call.parts.groups[place], mine, call.scratch, like, call.seeds[place])  # type: ignore[arg-type]

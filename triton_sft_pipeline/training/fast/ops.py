@@ -1,0 +1,191 @@
+"""Fused element-wise and data-moving operations of one decoder layer, forward and backward.
+
+Each runs as one Triton kernel on a CUDA tensor and as its plain twin (twins.py) elsewhere; the environment variable
+TRITON_SFT_PLAIN=1 makes every one of them the twin, to compare. The kernels' sides never wait for the device and copy
+nothing to it, so that a CUDA graph can capture them after one call to compile them and to make dequantize's tables.
+
+Notation: N tokens, H hidden size, E experts, k experts chosen for a token, S = N * k rows sorted by expert, I the
+experts' inner size, D head size. Outputs are new tensors unless said; the last dimension of every input is contiguous,
+rows may lie further apart. Sums are in float32, values that the stock model rounds to its own type are rounded."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sft_pipeline.training.fast import twins
+
+
+def plain() -> bool:
+    """Whether TRITON_SFT_PLAIN=1 asks for plain torch everywhere."""
+    return os.environ.get("TRITON_SFT_PLAIN") == "1"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether the kernels serve this tensor: on CUDA, not float64, and not switched off."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and not plain()
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    """Imported at the first use: a process without a GPU never loads Triton."""
+    from triton_sft_pipeline.training.fast import kernels_moe, kernels_nf4, kernels_norm, kernels_rows
+
+    return {"norm": kernels_norm, "rows": kernels_rows, "moe": kernels_moe, "nf4": kernels_nf4}[name]
+
+
+# -- norms ---------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, rstd): y [N, H] = weight * x * rstd with rstd float32 [N] = 1 / sqrt(mean(x^2) + eps), as AfmoeRMSNorm."""
+    return (_kernels("norm") if use_triton(x) else twins).rms_norm(x, weight, eps)
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, add: Tensor | None = None) -> Tensor:
+    """dx [N, H] of rms_norm, plus `add` [N, H] when given. The weight is frozen and gets no gradient."""
+    return (_kernels("norm") if use_triton(x) else twins).rms_norm_backward(dy, x, weight, rstd, add)
+
+
+def norm_add(branch: Tensor, weight: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(residual + rms_norm(branch), rstd of branch), [N, H] and float32 [N]."""
+    return (_kernels("norm") if use_triton(branch) else twins).norm_add(branch, weight, residual, eps)
+
+
+def norm_add_norm(
+    branch: Tensor, w1: Tensor, residual: Tensor, w2: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum, y, rstd of branch, rstd of sum): sum = residual + rms_norm(branch, w1), y = rms_norm(sum, w2)."""
+    return (_kernels("norm") if use_triton(branch) else twins).norm_add_norm(branch, w1, residual, w2, eps)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q [N, heads, D], k [N, kv_heads, D], rstd_q float32 [N, heads], rstd_k float32 [N, kv_heads]).
+
+    Columns of qkv [N, C]: q (heads * D), k (kv_heads * D), then whatever follows. Every head is normalised over D;
+    with cos and sin [N, D] (halves duplicated) it is rotated too, as transformers' rotate_half does."""
+    backend = _kernels("norm") if use_triton(qkv) else twins
+    return backend.qk_norm_rope(qkv, q_weight, k_weight, eps, cos, sin, heads, kv_heads, head_dim)
+
+
+def qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write the gradient of qk_norm_rope into the q and k columns of `out` [N, C]; dq [N, heads, D] and
+    dk [N, kv_heads, D] are contiguous."""
+    backend = _kernels("norm") if use_triton(qkv) else twins
+    backend.qk_norm_rope_backward(dq, dk, qkv, q_weight, k_weight, rstd_q, rstd_k, cos, sin, out)
+
+
+# -- gates ---------------------------------------------------------------------------------------------------------
+
+
+def gate_mul(o: Tensor, gate: Tensor) -> Tensor:
+    """o * sigmoid(gate), [N, heads * D]; the gate may be a view of some columns."""
+    return (_kernels("rows") if use_triton(o) else twins).gate_mul(o, gate)
+
+
+def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) -> Tensor:
+    """The gradient of gate_mul for `o`; the one for the gate is written into `dgate_out`, maybe a view of columns."""
+    return (_kernels("rows") if use_triton(o) else twins).gate_mul_backward(dy, o, gate, dgate_out)
+
+
+def swiglu(u: Tensor, add: Tensor | None = None) -> Tensor:
+    """h [M, I] = silu(u[:, :I]) * u[:, I:] for u [M, 2I]. With `add` [M, 2I], u += add happens first, in place."""
+    return (_kernels("rows") if use_triton(u) else twins).swiglu(u, add)
+
+
+def swiglu_backward(dh: Tensor, u: Tensor, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(du [M, 2I], h [M, I], drow float32 [M] or None) of row_weight * swiglu(u), where dh [M, I] is the gradient of
+    that weighted output's rows before the weight: drow = rowsum(dh * h), and du belongs to row_weight * dh."""
+    return (_kernels("rows") if use_triton(u) else twins).swiglu_backward(dh, u, row_weight)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor, add: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """mask * x / (1 - p) * scale (+ add), [M, C]. The mask is a function of seed, row, column and C alone, the same on
+    every device (twins.dropout_mask); p is honoured in steps of 2^-16. The seed is a number, or an int64 tensor of one
+    element on x's device that is read when the kernel runs: a CUDA graph would keep a number for ever."""
+    return (_kernels("rows") if use_triton(x) else twins).dropout(x, p, seed, add, scale)
+
+
+def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0) -> Any:
+    """Rows x[index], [S, H]. With p > 0 a pair: the rows, and dropout(rows, p, seed), the seed as there."""
+    return (_kernels("moe") if use_triton(x) else twins).gather(x, index, p, seed)
+
+
+def combine(
+    y: Tensor,
+    inverse: Tensor,
+    weights: Tensor | None,
+    add: Tensor | None = None,
+    y2: Tensor | None = None,
+    scale2: float = 1.0,
+) -> Tensor:
+    """out[n] = sum over j of weights[n, j] * (y + scale2 * y2)[inverse[n, j]] (+ add[n]), [N, H] in y's type.
+
+    The sum is in float32 and in the order of j, so it is the same every time; it is rounded before `add`, as where the
+    stock model adds the shared experts."""
+    return (_kernels("moe") if use_triton(y) else twins).combine(y, inverse, weights, add, y2, scale2)
+
+
+# -- routing -------------------------------------------------------------------------------------------------------
+
+
+def router(logits: Tensor, bias: Tensor, k: int, route_scale: float) -> tuple[Tensor, Tensor]:
+    """(weights float32 [N, k], index int64 [N, k]) as AfmoeTokenChoiceRouter: the k highest sigmoid(logits) + bias in
+    descending order, ties to the lower expert; weights are their sigmoids over the sum of them, times route_scale."""
+    return (_kernels("moe") if use_triton(logits) else twins).router(logits, bias, k, route_scale)
+
+
+def router_backward(dweights: Tensor, logits: Tensor, index: Tensor, route_scale: float) -> Tensor:
+    """dlogits [N, E] in the logits' type from dweights float32 [N, k]."""
+    return (_kernels("moe") if use_triton(logits) else twins).router_backward(dweights, logits, index, route_scale)
+
+
+def sort_routes(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort the S = N * k choices of index [N, k] by expert, stably: (order int64 [S], the flat position token * k + j
+    of each sorted row; inverse int64 [N, k], the sorted row of each choice; tokens int64 [S]; offsets int32 [E], the
+    row after each expert's last)."""
+    return (_kernels("moe") if use_triton(index) else twins).sort_routes(index, num_experts)
+
+
+# -- four bits -----------------------------------------------------------------------------------------------------
+
+
+def dequantize(
+    codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, quant_type: str, out: Tensor
+) -> Tensor:
+    """Write the weights of bitsandbytes' 4-bit codes (blocks of 64, the high nibble first) into `out` and return it.
+
+    codes uint8 [E, o, i / 2] or [o, i / 2]; out [E, o, i] or [o, i] in bfloat16, float16 or float32, its rows may lie
+    further apart. absmax uint8 [E, nb] with nested float32 [E, ceil(nb / 256)] and offset float32 [E], or float32
+    [E, nb] with nested and offset None (no leading E, and a scalar offset, for one matrix). Bit-equal to bitsandbytes:
+    w = code16[c] * (code8[absmax] * nested + offset), each operation rounded for itself."""
+    return (_kernels("nf4") if use_triton(codes) else twins).dequantize(codes, absmax, nested, offset, quant_type, out)
