@@ -179,6 +179,14 @@ def fused(peft_model: Any) -> dict[str, int]:
     return {"layers": sum("forward" in vars(layer) for layer in layers), "passes": fused_passes(peft_model)}
 
 
+def unrecorded(peft_model: Any) -> None:
+    """Have fused layers run one by one from now on, where they were replayed as graphs."""
+    from triton_sft_pipeline.training.fast.install import fused_passes, make_fast
+
+    if fused_passes(peft_model):
+        make_fast(peft_model, force=True)
+
+
 def trained(trainer: Any, warmup: int, tokens: int, device: str) -> dict[str, Any]:
     """Run `trainer` to its last step and say what every step after the warm-up took.
 

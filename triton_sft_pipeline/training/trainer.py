@@ -205,7 +205,7 @@ def _build_trainer(
         data_collator=packing.collator(tokenizer.pad_token_id) if training_config.packing else None,
     )
     _cast_adapter(peft_model, dtype)
-    trainer.fast_layers = _made_fast(peft_model)
+    trainer.fast_layers = _made_fast(peft_model, max(len(sample.input_ids) for sample in splits["train"]))
     trainer.remove_callback(PrinterCallback)
     log_into(trainer, Path(arguments.output_dir) / "runs")
     return trainer
@@ -222,7 +222,7 @@ def _cast_adapter(model: Any, dtype: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _made_fast(model: Any) -> int:
+def _made_fast(model: Any, longest: int) -> int:
     """Have fused kernels take the place of slow layers, where there is a GPU to run them. Returns how many layers."""
     import torch
 
@@ -230,7 +230,7 @@ def _made_fast(model: Any) -> int:
         return 0
     from triton_sft_pipeline.training.fast.install import make_fast
 
-    return sum(".layers." in name for name in make_fast(model))
+    return sum(".layers." in name for name in make_fast(model, longest=longest))
 
 
 def _make_plain(model: Any) -> None:

@@ -65,7 +65,7 @@ class Factors:
     b: Tensor
     scale: float
     dropout: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
 
 
 def route(top_k_index: Tensor, num_experts: int) -> Routes:

@@ -21,6 +21,7 @@ from transformers.models.afmoe.modeling_afmoe import AfmoeModel
 
 from triton_sft_pipeline.training.fast import ops
 from triton_sft_pipeline.training.fast.attention import Documents, find_documents
+from triton_sft_pipeline.training.fast.graphs import StackGraphs, rounded_length
 from triton_sft_pipeline.training.fast.layer import LayerCall, decoder_layer
 from triton_sft_pipeline.training.fast.parts import SEEDS, LayerParts, UnsupportedLayerError, lora_layers, read_layer
 from triton_sft_pipeline.training.fast.scratch import Scratch
@@ -35,7 +36,12 @@ longer ones compute it again."""
 
 
 def make_fast(
-    peft_model: nn.Module, *, force: bool = False, kept_tokens: int = KEPT_TOKENS, keep_branch: bool = True
+    peft_model: nn.Module,
+    *,
+    longest: int | None = None,
+    force: bool = False,
+    kept_tokens: int = KEPT_TOKENS,
+    keep_branch: bool = True,
 ) -> list[str]:
     """Let `peft_model` train through fused layers from now on. Call it once adapters are attached and active.
 
@@ -47,6 +53,9 @@ def make_fast(
 
     Args:
         peft_model: the model; one without AFMoE layers is left alone.
+        longest: tokens of the longest row to come. With it, all layers are recorded as CUDA graphs for a few lengths up
+            to this one and replayed, which takes most of Python's time away; rows are padded to the next of these
+            lengths. None: layer by layer. Packed rows always go layer by layer.
         force: also on the CPU and in any type; for tests.
         kept_tokens: micro-batches of more tokens save memory by computing attention twice.
         keep_branch: False saves the third of that memory that takes the least time to compute again: attention's
@@ -66,7 +75,7 @@ def make_fast(
     except UnsupportedLayerError as error:
         _logger.warning("training goes through the stock layers: %s", error)
         return []
-    fused = _FusedTraining(model, parts, lora_layers(peft_model), force, (kept_tokens, keep_branch))
+    fused = _FusedTraining(model, parts, lora_layers(peft_model), force, (kept_tokens, keep_branch), longest)
     fused.install()
     # Not as a submodule, nor seen by anything that walks over modules.
     object.__setattr__(peft_model, _ATTRIBUTE, fused)
@@ -96,6 +105,7 @@ class _Batch:
         keep_attention: whether attention's output is kept.
         seeds: of each layer's dropout masks.
         rope: cos and sin [N, head_dim], made by the first layer.
+        padded: tokens of a row once rounded up, where all layers are replayed as one graph; None: layer by layer.
     """
 
     rows: int
@@ -104,6 +114,7 @@ class _Batch:
     keep_attention: bool
     seeds: list[list[int]]
     rope: tuple[Tensor, Tensor] | None = None
+    padded: int | None = None
 
 
 class _FusedTraining:
@@ -116,9 +127,12 @@ class _FusedTraining:
         adapters: list[Any],
         force: bool,
         keep: tuple[int, bool],
+        longest: int | None,
     ) -> None:
         self.model, self.parts, self.adapters, self.force = model, parts, adapters, force
         self.kept_tokens, self.keep_branch = keep
+        self.longest = longest
+        self.graphs: StackGraphs | None = None
         self.scratch = Scratch()
         self.batch: _Batch | None = None
         self.passes = 0
@@ -140,6 +154,9 @@ class _FusedTraining:
             else:
                 module.forward = before
         self._before.clear()
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs = None
         self.scratch.release()
 
     def _replace(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -170,6 +187,9 @@ class _FusedTraining:
                 batch = self.batch
                 if batch is None:
                     return plain(hidden_states, *args, **kwargs)
+                if batch.padded is not None:
+                    # The first layer runs them all.
+                    return self._replayed(hidden_states, batch) if parts.number == 0 else hidden_states
                 if batch.rope is None:
                     batch.rope = _flat_rope(kwargs["position_embeddings"], batch, hidden_states)
                 call = LayerCall(
@@ -215,7 +235,31 @@ class _FusedTraining:
         if any(parts.has_dropout for parts in self.parts):
             # From the CPU's generator: resuming restores it, and nobody waits for a device.
             seeds = torch.randint(2**31, (len(self.parts), SEEDS), device="cpu").tolist()
-        return _Batch(rows, tokens, documents, rows * tokens <= self.kept_tokens, seeds)
+        padded = None
+        if self.longest is not None and options.get("position_ids") is None and tokens <= self.longest:
+            padded = rounded_length(tokens, self.longest)
+        return _Batch(rows, tokens, documents, rows * (padded or tokens) <= self.kept_tokens, seeds, None, padded)
+
+    def _replayed(self, hidden: Tensor, batch: _Batch) -> Tensor:
+        """All layers, as graphs that are recorded at the first micro-batch of a length."""
+        if self.graphs is None:
+            parameters = [parts.parameters() for parts in self.parts]
+            shape = (len(self.parts), SEEDS)
+            self.graphs = StackGraphs(parameters, self._calls, shape, self.longest or 0, hidden.device)
+        assert batch.padded is not None
+        padded = nn.functional.pad(hidden, (0, 0, 0, batch.padded - batch.tokens))
+        return self.graphs.run(padded, batch.seeds)[:, : batch.tokens]
+
+    def _calls(self, rows: int, tokens: int, seeds: Tensor) -> list[LayerCall]:
+        positions = torch.arange(tokens, device=seeds.device).unsqueeze(0)
+        dtype = self.model.embed_tokens.weight.dtype
+        cos, sin = self.model.rotary_emb(torch.empty(0, dtype=dtype, device=seeds.device), positions)
+        cos, sin = (t.to(dtype).expand(rows, tokens, -1).reshape(rows * tokens, -1) for t in (cos, sin))
+        keep = rows * tokens <= self.kept_tokens
+        return [
+            LayerCall(parts, Documents(None, tokens), cos, sin, seeds[place], keep, self.keep_branch, self.scratch)
+            for place, parts in enumerate(self.parts)
+        ]
 
     def _computes(self, options: dict[str, Any]) -> bool:
         """Whether fused layers can give what is asked for, as far as it can be told without the device."""

@@ -159,10 +159,7 @@ def swiglu_backward(dh: Tensor, u: Tensor, row_weight: Tensor | None = None) -> 
 @triton.jit
 def philox_words(seed, counter, SEED: tl.constexpr):
     """`seed` is the number itself, or with SEED where it lies in memory."""
-    if SEED:
-        number = tl.load(seed)
-    else:
-        number = seed
+    number = tl.load(seed) if SEED else seed
     return tl.randint4x(number, counter, n_rounds=7)
 
 

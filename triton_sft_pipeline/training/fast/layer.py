@@ -42,7 +42,8 @@ class LayerCall:
         parts: the layer.
         documents: who sees whom.
         cos, sin: [N, head_dim], RoPE's tables in the type of x; used by layers with a window only.
-        seeds: `parts.SEEDS` seeds of dropout masks.
+        seeds: `parts.SEEDS` seeds of dropout masks; in the device's memory where the pass is recorded, because a graph
+            would keep a number for ever.
         keep_attention: keep o for the backward pass.
         keep_branch: keep a as well; without o there is no point in it.
         scratch: shared by all layers.
@@ -52,7 +53,7 @@ class LayerCall:
     documents: Documents
     cos: Tensor
     sin: Tensor
-    seeds: Sequence[int]
+    seeds: Sequence[int | Tensor] | Tensor
     keep_attention: bool
     keep_branch: bool
     scratch: Scratch
@@ -67,32 +68,59 @@ def decoder_layer(x: Tensor, call: LayerCall) -> Tensor:
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: LayerCall, *factors: Tensor | None) -> Tensor:
-        parts, flat = call.parts, x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            attention = _attention(call, flat, factors, None).kept()
-            middle, y, _, _ = ops.norm_add_norm(
-                attention[3], parts.norms[1].weight, flat, parts.norms[2].weight, parts.eps
-            )
-            keep = (call.keep_attention,) * 3 + (call.keep_attention and call.keep_branch,)
-            kept = [tensor if wanted else None for tensor, wanted in zip(attention, keep, strict=True)]
-            # The MLP needs the room.
-            del attention
-            mlp, routing = _mlp(call, y, factors)
-            out, rstd = ops.norm_add(mlp, parts.norms[3].weight, middle, parts.eps)
-        ctx.call, ctx.shape = call, x.shape
-        ctx.save_for_backward(flat, mlp, rstd, *kept, *routing, *factors)
+            out, kept = forward_pass(call, flat, factors)
+        ctx.call, ctx.shape, ctx.count = call, x.shape, len(kept)
+        ctx.save_for_backward(flat, *kept, *factors)
         return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mlp, rstd, *rest = ctx.saved_tensors
-        kept, routing, factors = rest[:4], rest[4:11], rest[11:]
-        call: LayerCall = ctx.call
+        x, *rest = ctx.saved_tensors
+        kept, factors = rest[: ctx.count], rest[ctx.count :]
         with torch.autocast(x.device.type, enabled=False):
             # An expanded gradient (that of a sum) has strides that no kernel takes.
-            dx, gradients = _backward(call, grad.reshape(x.shape).contiguous(), x, mlp, rstd, kept, routing, factors)
+            dx, gradients = backward_pass(ctx.call, grad.reshape(x.shape).contiguous(), x, kept, factors)
         return dx.view(ctx.shape), None, *gradients
+
+
+def forward_pass(
+    call: LayerCall, x: Tensor, factors: Sequence[Tensor | None]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The layer's output for `x` [N, H], and what `backward_pass` needs besides x and the factors.
+
+    Args:
+        factors: the adapters' weights, as `LayerParts.parameters` lists them.
+    """
+    parts = call.parts
+    attention = _attention(call, x, factors, None).kept()
+    middle, y, _, _ = ops.norm_add_norm(attention[3], parts.norms[1].weight, x, parts.norms[2].weight, parts.eps)
+    keep = (call.keep_attention,) * 3 + (call.keep_attention and call.keep_branch,)
+    kept = [tensor if wanted else None for tensor, wanted in zip(attention, keep, strict=True)]
+    # The MLP needs the room.
+    del attention
+    mlp, routing = _mlp(call, y, factors)
+    out, rstd = ops.norm_add(mlp, parts.norms[3].weight, middle, parts.eps)
+    return out, (mlp, rstd, *kept, *routing)
+
+
+def backward_pass(
+    call: LayerCall,
+    grad: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor | None],
+    factors: Sequence[Tensor | None],
+) -> tuple[Tensor, Gradients]:
+    """The gradients of x [N, H] and of the factors, in their order, given that of the output [N, H], contiguous.
+
+    Args:
+        kept: what `forward_pass` returned.
+    """
+    mlp, rstd, *rest = kept
+    assert mlp is not None and rstd is not None
+    return _backward(call, grad, x, mlp, rstd, rest[:4], rest[4:], factors)
 
 
 def _backward(

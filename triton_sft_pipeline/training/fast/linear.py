@@ -82,7 +82,7 @@ class Projection:
     a: Tensor | None
     parts: tuple[tuple[slice, slice, Tensor, float], ...]
     dropout: float
-    seed: int
+    seed: int | Tensor
 
 
 def group(role: str, members: Sequence[Member], dropout: float) -> Group:
@@ -121,7 +121,7 @@ def is_readable(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear
 
 
-def load(layers: Group, factors: Sequence[Tensor], scratch: Scratch, like: Tensor, seed: int) -> Projection:
+def load(layers: Group, factors: Sequence[Tensor], scratch: Scratch, like: Tensor, seed: int | Tensor) -> Projection:
     """Make a group ready: unpack its weights and put its A factors together.
 
     Args:

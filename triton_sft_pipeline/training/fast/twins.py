@@ -200,9 +200,7 @@ def check_seed(seed: Tensor) -> Tensor:
     return seed.reshape(())
 
 
-def dropout_mask(
-    rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu"
-) -> Tensor:
+def dropout_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Which elements are kept, bool [rows, columns]: a function of seed, row, column and the number of columns only.
 
     Column s * ceil(columns / 8) + g of a row is decided by the s-th 16-bit draw of its g-th counter, so that eight
