@@ -90,19 +90,26 @@ class Activations:
         return self.layers * self.tokens * (columns * self.width + routing)
 
     def scratch(self) -> int:
-        """One layer's experts and linear layers."""
+        """One layer's experts and linear layers. Rows of fused layers' experts hold those of the adapter's second
+        factors as well, in whole lines of 128 bytes."""
         linears = self.attention + self.heads + 3 * self.ffn
-        return (3 * self.experts * self.moe + linears) * self.hidden * self.width
+        line = 128 // self.width
+        more = -(-self.expert_r // line) * line if self.fused else 0
+        weights = (3 * self.experts * self.moe + linears) * self.hidden
+        return (weights + self.experts * (2 * self.moe + self.hidden) * more) * self.width
 
     def layer(self) -> int:
         """The worst moment of a layer's backward pass, beside four rows of the residual stream a token.
 
-        Routed experts, a row for each token and choice: the gradient of the first product, five rows of the input's
-        size (the input, the same after dropout, its gradient in three parts), and three products with the adapter's
-        first factors. Attention: what goes into it and comes out of it, all of that again as gradients, and what flash
-        attention sums in float32. Where attention is recomputed it is there while the experts run.
+        Routed experts, a row for each token and choice: three products with the adapter's first factors, and either
+        the first product with its gradient, three rows of the inner size (the gradient in two parts, and what goes
+        through dropout) and two of the input's size (the gradient of the output, and the input after dropout), or the
+        gradient of the first product and three rows of the input's size (the last, and its gradient in two parts).
+        Attention: what goes into it and comes out of it, all of that again as gradients, and what flash attention sums
+        in float32. Where attention is recomputed it is there while the experts run.
         """
-        routed = self.chosen * (2 * self.moe + 5 * self.hidden + 3 * self.expert_r)
+        largest = max(7 * self.moe + 2 * self.hidden, 2 * self.moe + 3 * self.hidden)
+        routed = self.chosen * (largest + 3 * self.expert_r)
         dense = 5 * self.ffn + 3 * self.hidden
         attention = 2 * self.attention + 11 * self.heads + 5 * self.hidden
         held = self.attention + 3 * self.heads + 2 * self.hidden if self.recomputed else 0

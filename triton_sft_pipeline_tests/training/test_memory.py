@@ -194,7 +194,7 @@ def test_more_tokens_take_more_for_activations_alone(trinity: Any) -> None:
     routing = 8 * (4 + 4 * 8) + 128 * 2
     assert short.kept == 32 * 4096 * (2 * (3 * 2048 + 4096) + routing)
     assert long.kept == 32 * 16384 * (2 * 2 * 2048 + routing)
-    assert taken(trinity, "trinity-mini", gradient_checkpointing=False).kept > 10 * short.kept
+    assert taken(trinity, "trinity-mini", gradient_checkpointing=False).kept > 9 * short.kept
 
 
 def test_attention_is_counted_as_kept_for_as_many_tokens_as_it_is() -> None:

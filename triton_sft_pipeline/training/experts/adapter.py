@@ -117,7 +117,7 @@ class ExpertAdapter(ParamWrapper):  # type: ignore[misc]  # PEFT is untyped here
         dropout = float(getattr(self.lora_dropout[name], "p", 0.0)) if training else 0.0
         return Factors(
             a=split_a(self.lora_A[name].weight, self.num_experts),
-            b=split_b(b, self.num_experts) if contiguous else _b_view(b, self.num_experts),
+            b=split_b(b, self.num_experts) if contiguous else view_b(b, self.num_experts),
             scale=float(self.scaling[name]),
             dropout=dropout,
             seed=int(torch.randint(2**31, ())) if dropout else 0,
@@ -165,7 +165,12 @@ def split_a(weight: Tensor, num_experts: int) -> Tensor:
 
 def split_b(weight: Tensor, num_experts: int) -> Tensor:
     """[out, r * E] as PEFT stores it -> [E, out, r], contiguous."""
-    return _b_view(weight, num_experts).contiguous()
+    return view_b(weight, num_experts).contiguous()
+
+
+def view_b(weight: Tensor, num_experts: int) -> Tensor:
+    """As `split_b` without the copy: what a backward pass keeps is then the parameter itself."""
+    return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
 def join_a(a: Tensor) -> Tensor:
@@ -233,8 +238,3 @@ def _nest(experts_module: nn.Module) -> tuple[PackedExperts, dict[str, ExpertAda
     if not isinstance(module, PackedExperts):
         raise StepError(f"{type(module).__name__} holds no packed experts: their adapters must be attached here.")
     return module, nest
-
-
-def _b_view(weight: Tensor, num_experts: int) -> Tensor:
-    """[out, r * E] -> [E, out, r] without a copy: what the backward pass keeps is then the parameter itself."""
-    return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)

@@ -8,9 +8,10 @@ order is one (token, expert) pair; rows of one expert lie together. With D the d
     y   = h W2^T + s2 (D2 h) A2^T B2^T        [S, H]
     out = sum over a token's k rows of weight * y
 
-The four weight products are grouped matrix products; neither a delta weight nor anything else of the size E x out x in
-is made besides the weights themselves, and those are not kept for the backward pass but asked for again. Weights are
-frozen: gradients go to x, to the routing weights and to the factors.
+The four weight products are grouped matrix products, in the forward pass one with that of B where W and B lie side by
+side. Neither a delta weight nor anything else of the size E x out x in is made besides the weights themselves, and
+those are not kept for the backward pass but asked for again. Weights are frozen: gradients go to x, to the routing
+weights and to the factors.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _ROW_BYTES = 16
 """torch's grouped products want rows of whole 16 bytes."""
+_LINE_BYTES = 128
+"""A line of the GPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Factors:
 
     Attributes:
         a: [E, r, in].
-        b: [E, out, r]; copied at every use when it is not contiguous.
+        b: [E, out, r]; copied at every use when it is not contiguous, and not looked at where the weight is `widened`.
         scale: alpha / r.
         dropout: the rate; 0.0 when not training.
         seed: what the mask is drawn from; the same seed gives the same mask in the backward pass.
@@ -81,33 +84,63 @@ def up(x: Tensor, routes: Routes, w1: Tensor, lora: Factors | None) -> tuple[Ten
 
     Args:
         x: [N, H].
-        w1: [E, 2I, H], gate rows first.
+        w1: [E, 2I, H], gate rows first; may be widened by B (`widened`).
     """
+    u, t, _ = up_again(x, routes, w1, lora)
+    return u, t
+
+
+def up_again(
+    x: Tensor, routes: Routes, w1: Tensor, lora: Factors | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`up`, and as a third the rows `D1 x` [S, H] with which `up_backward` need not gather again; None without LoRA."""
     if lora is None:
-        return grouped(ops.gather(x, routes.tokens), _t(w1), routes.offsets), None
-    lora = _aligned(lora)
-    rows, dropped = _gathered(x, routes, lora)
-    u = grouped(rows, _t(w1), routes.offsets)
+        return grouped(ops.gather(x, routes.tokens), _t(w1), routes.offsets), None, None
+    width = x.shape[1]
+    plain, lora = _prepared(w1, width, lora)
+    rows = _rows_for(w1, width, routes.tokens.numel())
+    inside = None if rows is None else rows[:, :width]
+    if lora.dropout:
+        gathered, dropped = ops.gather(x, routes.tokens, lora.dropout, lora.seed, inside)
+    else:
+        gathered = dropped = ops.gather(x, routes.tokens, out=inside)
     t = grouped(dropped, _t(lora.a), routes.offsets).mul_(lora.scale)
-    return u.add_(grouped(t, _t(lora.b), routes.offsets)), t
+    if rows is not None:
+        rows[:, width:].copy_(t)
+        return grouped(rows, _t(w1), routes.offsets), t, dropped
+    u = grouped(gathered, _t(plain), routes.offsets)
+    return u.add_(grouped(t, _t(lora.b), routes.offsets)), t, dropped
 
 
-def down(u: Tensor, weights: Tensor, routes: Routes, w2: Tensor, lora: Factors | None) -> Tensor:
+def down(
+    u: Tensor, weights: Tensor, routes: Routes, w2: Tensor, lora: Factors | None, add: Tensor | None = None
+) -> Tensor:
     """The second half and the sum over a token's experts: [N, H] in the type of `u`, summed in float32.
 
     Args:
         u: [S, 2I], from `up`.
         weights: [N, k] float32, the routing weights.
-        w2: [E, H, I].
+        w2: [E, H, I]; may be widened by B (`widened`).
+        add: [N, H], added to the rounded sum.
     """
-    h = ops.swiglu(u)
-    y = grouped(h, _t(w2), routes.offsets)
     if lora is None:
-        return ops.combine(y, routes.inverse, weights)
-    lora = _aligned(lora)
-    t = grouped(_dropped(h, lora), _t(lora.a), routes.offsets)
+        return ops.combine(grouped(ops.swiglu(u), _t(w2), routes.offsets), routes.inverse, weights, add)
+    inner = u.shape[1] // 2
+    plain, lora = _prepared(w2, inner, lora)
+    rows = _rows_for(w2, inner, u.shape[0])
+    inside = None if rows is None else rows[:, :inner]
+    if lora.dropout:
+        h, dropped = ops.swiglu_dropout(u, lora.dropout, lora.seed, inside)
+    else:
+        h = dropped = ops.swiglu(u, out=inside)
+    t = grouped(dropped, _t(lora.a), routes.offsets)
+    del dropped
+    if rows is not None:
+        torch.mul(t, lora.scale, out=rows[:, inner:])
+        return ops.combine(grouped(rows, _t(w2), routes.offsets), routes.inverse, weights, add)
+    y = grouped(h, _t(plain), routes.offsets)
     delta = grouped(t, _t(lora.b), routes.offsets)
-    return ops.combine(y, routes.inverse, weights, None, y2=delta, scale2=lora.scale)
+    return ops.combine(y, routes.inverse, weights, add, y2=delta, scale2=lora.scale)
 
 
 def down_backward(
@@ -116,22 +149,28 @@ def down_backward(
     """Gradients of `down`: of u [S, 2I], of the routing weights [N, k], and of `lora.a` and `lora.b` (None without).
 
     The routing weight of a row stays out of the products until the end, so that its own gradient, the product of h with
-    the gradient of h, needs neither y nor another pass.
+    the gradient of h, needs neither y nor another pass. B is multiplied by itself, also where it stands in a widened
+    weight: a few columns more would be one more tile of the large product, which takes as long as the small one.
 
     Args:
         grad: [N, H], the gradient of what `down` returned.
     """
     g = ops.gather(grad, routes.tokens)
-    dh = grouped(g, w2, routes.offsets)
     row_weights = weights.reshape(-1)[routes.order]
     if lora is None:
-        du, _, drow = _swiglu_backward(dh, u, row_weights)
+        du, _, drow = _swiglu_backward(grouped(g, w2, routes.offsets), u, row_weights)
         return du, drow[routes.inverse], None, None
-    rank, lora = lora.a.shape[1], _aligned(lora)
+    rank = lora.a.shape[1]
+    plain, lora = _prepared(w2, u.shape[1] // 2, lora)
     q = grouped(g, lora.b, routes.offsets)
-    dh = _plus_dropped(dh, grouped(q, lora.a, routes.offsets), lora, lora.scale)
-    du, h, drow = _swiglu_backward(dh, u, row_weights)
-    dropped = _dropped(h, lora)
+    dh, extra = grouped(g, plain, routes.offsets), grouped(q, lora.a, routes.offsets)
+    if lora.dropout:
+        du, dropped, drow = ops.swiglu_dropout_backward(
+            dh, extra, u, row_weights, lora.dropout, lora.seed, scale=lora.scale
+        )
+    else:
+        du, dropped, drow = _swiglu_backward(dh.add_(extra, alpha=lora.scale), u, row_weights)
+    del dh, extra
     t = grouped(dropped, _t(lora.a), routes.offsets)
     scaled = (row_weights * lora.scale)[:, None]
     da = grouped((q * scaled).to(q.dtype).t(), dropped, routes.offsets)
@@ -140,24 +179,89 @@ def down_backward(
 
 
 def up_backward(
-    du: Tensor, x: Tensor, routes: Routes, w1: Tensor, lora: Factors | None, t: Tensor | None
+    du: Tensor,
+    x: Tensor,
+    routes: Routes,
+    w1: Tensor,
+    lora: Factors | None,
+    t: Tensor | None,
+    dropped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of `up`: of x [N, H], and of `lora.a` and `lora.b` (None without).
 
     Args:
         du: [S, 2I], the gradient of u.
         t: what `up` returned beside u.
+        dropped: what `up_again` returned besides; None: gathered once more.
     """
-    dx = grouped(du, w1, routes.offsets)
     if lora is None or t is None:
-        return ops.combine(dx, routes.inverse, None), None, None
-    rank, lora = lora.a.shape[1], _aligned(lora)
+        return ops.combine(grouped(du, w1, routes.offsets), routes.inverse, None), None, None
+    rank = lora.a.shape[1]
+    plain, lora = _prepared(w1, x.shape[1], lora)
     q = grouped(du, lora.b, routes.offsets).mul_(lora.scale)
     db = grouped(du.t(), t, routes.offsets)
-    _, dropped = _gathered(x, routes, lora)
+    if dropped is None:
+        made = ops.gather(x, routes.tokens, lora.dropout, lora.seed)
+        dropped = made[1] if lora.dropout else made
+        del made
     da = grouped(q.t(), dropped, routes.offsets)
-    dx = _plus_dropped(dx, grouped(q, lora.a, routes.offsets), lora, 1.0)
-    return ops.combine(dx, routes.inverse, None), da[:, :rank], db[..., :rank]
+    # Rows of the input's size are the largest there are: two at a time.
+    del dropped
+    rows, extra = grouped(du, plain, routes.offsets), grouped(q, lora.a, routes.offsets)
+    if lora.dropout:
+        dx = ops.combine_dropout(rows, routes.inverse, extra, lora.dropout, lora.seed)
+    else:
+        dx = ops.combine(rows, routes.inverse, None, y2=extra)
+    return dx, da[:, :rank], db[..., :rank]
+
+
+# -- weights that have B beside them -------------------------------------------------------------------------------
+
+
+def widened(width: int, rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(columns, pitch) of a weight [E, out, width] whose rows go on with those of B: rows [W | B] times [x | t] are
+    both products of a forward pass, and their sum, in one. `up`, `down` and their backward passes take such a weight.
+
+    Columns are a multiple of 16 bytes, which is what products take. Rows best begin `pitch` numbers apart: as whole
+    lines of the cache, no row is read or written in pieces.
+    """
+    columns = width + _up_to(rank, _ROW_BYTES // dtype.itemsize)
+    return columns, (_up_to(columns, _LINE_BYTES // dtype.itemsize) if rank else width)
+
+
+def fill_b(weight: Tensor, width: int, b: Tensor) -> None:
+    """Write B [E, out, r], of any strides, behind the first `width` columns of a widened weight, then zeros."""
+    weight[..., width : width + b.shape[-1]].copy_(b)
+    if weight.shape[-1] > width + b.shape[-1]:
+        weight[..., width + b.shape[-1] :].zero_()
+
+
+def _up_to(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _rows_for(weight: Tensor, width: int, rows: int) -> Tensor | None:
+    """Where rows [x | t] for a widened weight go, [rows, its columns]; None for a weight of `width` columns."""
+    columns = weight.shape[-1]
+    if columns == width:
+        return None
+    return weight.new_empty(rows, _up_to(columns, _LINE_BYTES // weight.element_size()))[:, :columns]
+
+
+def _prepared(weight: Tensor, width: int, lora: Factors) -> tuple[Tensor, Factors]:
+    """The weight [E, out, width] without B, and factors of a rank that grouped products take, filled up with zeros; B
+    is that of a widened weight."""
+    missing = -lora.a.shape[1] % (_ROW_BYTES // lora.a.element_size())
+    a = lora.a.contiguous()
+    if missing:
+        a = functional.pad(a, (0, 0, 0, missing))
+    if weight.shape[-1] > width:
+        return weight[..., :width], replace(lora, a=a, b=weight[..., width:])
+    b = lora.b.contiguous()
+    return weight, replace(lora, a=a, b=functional.pad(b, (0, missing)) if missing else b)
+
+
+# -- products ------------------------------------------------------------------------------------------------------
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -265,35 +369,7 @@ def _t(weight: Tensor) -> Tensor:
     return weight.transpose(-2, -1)
 
 
-def _aligned(lora: Factors) -> Factors:
-    """Contiguous factors of a rank that grouped products take, filled up with zeros."""
-    a, b = lora.a.contiguous(), lora.b.contiguous()
-    if missing := -a.shape[1] % (_ROW_BYTES // a.element_size()):
-        a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
-    return replace(lora, a=a, b=b)
-
-
-def _gathered(x: Tensor, routes: Routes, lora: Factors) -> tuple[Tensor, Tensor]:
-    """Each row's token, and the same through dropout."""
-    if not lora.dropout:
-        rows = ops.gather(x, routes.tokens)
-        return rows, rows
-    rows, dropped = ops.gather(x, routes.tokens, lora.dropout, lora.seed)
-    return rows, dropped
-
-
 def _swiglu_backward(dh: Tensor, u: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     du, h, drow = ops.swiglu_backward(dh, u, row_weights)
     assert drow is not None  # with row weights there is one
     return du, h, drow
-
-
-def _dropped(rows: Tensor, lora: Factors) -> Tensor:
-    return ops.dropout(rows, lora.dropout, lora.seed) if lora.dropout else rows
-
-
-def _plus_dropped(total: Tensor, rows: Tensor, lora: Factors, scale: float) -> Tensor:
-    """`total + scale * D rows`, the mask being that of the forward pass; `total` may be overwritten."""
-    if not lora.dropout:
-        return total.add_(rows, alpha=scale)
-    return ops.dropout(rows, lora.dropout, lora.seed, add=total, scale=scale)

@@ -21,19 +21,19 @@ from triton_sft_pipeline.training.fast.twins import LANES, dropout_threshold, st
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _gather(x, index, out, rows, x_stride, columns: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gather(x, index, out, rows, x_stride, out_stride, columns: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(index + line, mask=line < rows, other=0)[:, None]
     row = line[:, None].to(tl.int64)
     at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = (row < rows) & (at < columns)
-    tl.store(out + row * columns + at, tl.load(x + source * x_stride + at, mask=inside), mask=inside)
+    tl.store(out + row * out_stride + at, tl.load(x + source * x_stride + at, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "seed", "threshold"])
 def _gather_dropout(
-    x, index, out, dropped, seed, threshold, factor, rows, x_stride, columns: tl.constexpr, group: tl.constexpr,
-    SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, index, out, dropped, seed, threshold, factor, rows, x_stride, out_stride, columns: tl.constexpr,
+    group: tl.constexpr, SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     source = tl.load(index + line, mask=line < rows, other=0)[:, None]
@@ -44,26 +44,27 @@ def _gather_dropout(
         at = near + lane * group
         inside = (row < rows) & (near < group) & (at < columns)
         value = tl.load(x + source * x_stride + at, mask=inside)
-        tl.store(out + row * columns + at, value, mask=inside)
+        tl.store(out + row * out_stride + at, value, mask=inside)
         kept = tl.where(draw(words, lane) >= threshold, value.to(tl.float32) * factor, 0.0)
         tl.store(dropped + row * columns + at, kept, mask=inside)
 
 
-def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0) -> Any:
+def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0, out: Tensor | None = None) -> Any:
     x, index = straight(x), index.contiguous()
     rows, columns = index.shape[0], x.shape[1]
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if p == 0:
         height, width = tile(columns, 4096)
         grid = (triton.cdiv(rows, height), triton.cdiv(columns, width))
-        _gather[grid](x, index, out, rows, x.stride(0), columns, height, width)
+        _gather[grid](x, index, out, rows, x.stride(0), out.stride(0), columns, height, width)
         return out
-    dropped = torch.empty_like(out)
+    dropped = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     number, in_memory = seed_argument(seed, x.device)
     group, height, width = lane_tile(columns)
     grid = (triton.cdiv(rows, height), triton.cdiv(group, width))
     _gather_dropout[grid](
-        x, index, out, dropped, number, dropout_threshold(p), 1.0 / (1 - p), rows, x.stride(0),
+        x, index, out, dropped, number, dropout_threshold(p), 1.0 / (1 - p), rows, x.stride(0), out.stride(0),
         columns, group, in_memory, LANES, height, width,
     )  # fmt: skip
     return out, dropped
@@ -90,6 +91,68 @@ def _combine(
     if ADD:
         result = result.to(tl.float32) + tl.load(add + token * add_stride + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * columns + at, result, mask=inside)
+
+
+@triton.jit
+def _lane_term(here, other, words, threshold, factor, inside, lane: tl.constexpr):
+    """A lane's columns of a row, plus those of the second addend that dropout keeps."""
+    value = tl.load(other, mask=inside, other=0.0).to(tl.float32)
+    value = tl.where(draw(words, lane) >= threshold, value * factor, 0.0)
+    return tl.load(here, mask=inside, other=0.0).to(tl.float32) + value
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _combine_dropout(
+    y, y2, inverse, out, seed, threshold, factor, y_stride, y2_stride, columns: tl.constexpr, group: tl.constexpr,
+    K: tl.constexpr, SEED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    near = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # A sum for each of the eight lanes: a counter's draws are for all of them, and Triton has no lists.
+    in0, in1 = (near < group) & (near < columns), (near < group) & (near + group < columns)
+    in2, in3 = (near < group) & (near + 2 * group < columns), (near < group) & (near + 3 * group < columns)
+    in4, in5 = (near < group) & (near + 4 * group < columns), (near < group) & (near + 5 * group < columns)
+    in6, in7 = (near < group) & (near + 6 * group < columns), (near < group) & (near + 7 * group < columns)
+    t0 = tl.zeros([BLOCK], tl.float32)
+    t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
+    for choice in tl.static_range(K):
+        row = tl.load(inverse + token * K + choice)
+        # The counter as everywhere: 32 bits of row * group + column.
+        words = philox_words(seed, row.to(tl.int32) * group + near, SEED)
+        a = y + row * y_stride + near
+        b = y2 + row * y2_stride + near
+        t0 += _lane_term(a, b, words, threshold, factor, in0, 0)
+        t1 += _lane_term(a + group, b + group, words, threshold, factor, in1, 1)
+        t2 += _lane_term(a + 2 * group, b + 2 * group, words, threshold, factor, in2, 2)
+        t3 += _lane_term(a + 3 * group, b + 3 * group, words, threshold, factor, in3, 3)
+        t4 += _lane_term(a + 4 * group, b + 4 * group, words, threshold, factor, in4, 4)
+        t5 += _lane_term(a + 5 * group, b + 5 * group, words, threshold, factor, in5, 5)
+        t6 += _lane_term(a + 6 * group, b + 6 * group, words, threshold, factor, in6, 6)
+        t7 += _lane_term(a + 7 * group, b + 7 * group, words, threshold, factor, in7, 7)
+    to = out + token * columns + near
+    tl.store(to, t0, mask=in0)
+    tl.store(to + group, t1, mask=in1)
+    tl.store(to + 2 * group, t2, mask=in2)
+    tl.store(to + 3 * group, t3, mask=in3)
+    tl.store(to + 4 * group, t4, mask=in4)
+    tl.store(to + 5 * group, t5, mask=in5)
+    tl.store(to + 6 * group, t6, mask=in6)
+    tl.store(to + 7 * group, t7, mask=in7)
+
+
+def combine_dropout(y: Tensor, inverse: Tensor, y2: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    y, y2 = straight(y), straight(y2)
+    rows, columns = inverse.shape[0], y.shape[1]
+    out = torch.empty((rows, columns), dtype=y.dtype, device=y.device)
+    number, in_memory = seed_argument(seed, y.device)
+    group = triton.cdiv(columns, LANES)
+    block = min(triton.next_power_of_2(group), 256)
+    # Two warps: 4 columns of every lane for each thread.
+    _combine_dropout[rows, triton.cdiv(group, block)](
+        y, y2, inverse.contiguous(), out, number, dropout_threshold(p), 1.0 / (1 - p), y.stride(0), y2.stride(0),
+        columns, group, inverse.shape[1], in_memory, block, num_warps=2 if block > 128 else 1,
+    )  # fmt: skip
+    return out
 
 
 def combine(

@@ -74,7 +74,7 @@ def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) ->
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu(
-    u, add, h, rows, u_stride, add_stride, inner: tl.constexpr,
+    u, add, h, rows, u_stride, add_stride, h_stride, inner: tl.constexpr,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
@@ -93,16 +93,18 @@ def _swiglu(
     wide = gate.to(tl.float32)
     # Rounded as torch rounds silu's own result before the product.
     acted = (wide * tl.sigmoid(wide)).to(kind).to(tl.float32)
-    tl.store(h + row * inner + at, acted * up.to(tl.float32), mask=inside)
+    tl.store(h + row * h_stride + at, acted * up.to(tl.float32), mask=inside)
 
 
-def swiglu(u: Tensor, add: Tensor | None = None) -> Tensor:
+def swiglu(u: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     rows, inner = u.shape[0], u.shape[1] // 2
-    h = torch.empty((rows, inner), dtype=u.dtype, device=u.device)
+    h = torch.empty((rows, inner), dtype=u.dtype, device=u.device) if out is None else out
     height, width = tile(inner)
     grid = (triton.cdiv(rows, height), triton.cdiv(inner, width))
     added = u if add is None else add
-    _swiglu[grid](u, added, h, rows, u.stride(0), added.stride(0), inner, add is not None, height, width)
+    _swiglu[grid](
+        u, added, h, rows, u.stride(0), added.stride(0), h.stride(0), inner, add is not None, height, width
+    )  # fmt: skip
     return h
 
 
@@ -224,3 +226,96 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, add: Tensor | None = None, 
         columns, group, in_memory, add is not None, LANES, height, width,
     )  # fmt: skip
     return out
+
+
+# -- SwiGLU with dropout behind it ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["seed", "rows", "threshold"])
+def _swiglu_dropout(
+    u, h, dropped, seed, threshold, factor, rows, u_stride, h_stride, inner: tl.constexpr, group: tl.constexpr,
+    SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = line.to(tl.int64)
+    near = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    words = philox_words(seed, line * group + near, SEED)
+    kind = u.dtype.element_ty
+    for lane in tl.static_range(LANES):
+        at = near + lane * group
+        inside = (row < rows) & (near < group) & (at < inner)
+        here = u + row * u_stride + at
+        gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(here + inner, mask=inside, other=0.0).to(tl.float32)
+        value = ((gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up).to(kind)
+        tl.store(h + row * h_stride + at, value, mask=inside)
+        kept = tl.where(draw(words, lane) >= threshold, value.to(tl.float32) * factor, 0.0)
+        tl.store(dropped + row * inner + at, kept, mask=inside)
+
+
+def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    rows, inner = u.shape[0], u.shape[1] // 2
+    h = torch.empty((rows, inner), dtype=u.dtype, device=u.device) if out is None else out
+    dropped = torch.empty((rows, inner), dtype=u.dtype, device=u.device)
+    number, in_memory = seed_argument(seed, u.device)
+    group, height, width = lane_tile(inner)
+    grid = (triton.cdiv(rows, height), triton.cdiv(group, width))
+    _swiglu_dropout[grid](
+        u, h, dropped, number, dropout_threshold(p), 1.0 / (1 - p), rows, u.stride(0), h.stride(0),
+        inner, group, in_memory, LANES, height, width,
+    )  # fmt: skip
+    return h, dropped
+
+
+@triton.jit(do_not_specialize=["seed", "rows", "threshold"])
+def _swiglu_dropout_backward(
+    dh, extra, u, weight, du, dropped, drow, seed, threshold, factor, scale, rows, dh_stride, extra_stride, u_stride,
+    inner: tl.constexpr, group: tl.constexpr,
+    SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = line[:, None].to(tl.int64)
+    near = tl.arange(0, BLOCK)[None, :]
+    words = philox_words(seed, line[:, None] * group + near, SEED)
+    row_weight = tl.load(weight + line, mask=line < rows, other=0.0)[:, None]
+    kind = u.dtype.element_ty
+    products = tl.zeros([ROWS, BLOCK], tl.float32)
+    for lane in tl.static_range(LANES):
+        at = near + lane * group
+        inside = (row < rows) & (near < group) & (at < inner)
+        keep = draw(words, lane) >= threshold
+        more = tl.load(extra + row * extra_stride + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dh + row * dh_stride + at, mask=inside, other=0.0).to(tl.float32)
+        grad += tl.where(keep, more * scale, 0.0)
+        here = u + row * u_stride + at
+        gate = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(here + inner, mask=inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        value = ((gate * share).to(kind).to(tl.float32) * up).to(kind).to(tl.float32)
+        tl.store(dropped + row * inner + at, tl.where(keep, value * factor, 0.0), mask=inside)
+        products += grad * value
+        grad *= row_weight
+        to = du + row * (2 * inner) + at
+        tl.store(to, grad * up * share * (1 + gate * (1 - share)), mask=inside)
+        tl.store(to + inner, grad * gate * share, mask=inside)
+    tl.store(drow + line, tl.sum(products, 1), mask=line < rows)
+
+
+def swiglu_dropout_backward(
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, extra = straight(dh), straight(extra)
+    rows, inner = dh.shape
+    du = torch.empty((rows, 2 * inner), dtype=u.dtype, device=u.device)
+    dropped = torch.empty((rows, inner), dtype=u.dtype, device=u.device)
+    drow = torch.empty(rows, dtype=torch.float32, device=u.device)
+    number, in_memory = seed_argument(seed, u.device)
+    group = triton.cdiv(inner, LANES)
+    width = triton.next_power_of_2(group)  # a whole row, for its sum
+    height = max(1024 // width, 1)
+    _swiglu_dropout_backward[triton.cdiv(rows, height),](
+        dh, extra, u, row_weight.contiguous(), du, dropped, drow, number, dropout_threshold(p), 1.0 / (1 - p),
+        scale / (1 - p), rows, dh.stride(0), extra.stride(0), u.stride(0),
+        inner, group, in_memory, LANES, height, width, num_warps=4 if width <= 1024 else 8,
+    )  # fmt: skip
+    return du, dropped, drow

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from triton_sft_pipeline.training.experts import math
-from triton_sft_pipeline.training.experts.adapter import join_a, join_b, split_a, split_b
+from triton_sft_pipeline.training.experts.adapter import join_a, join_b, split_a, view_b
 from triton_sft_pipeline.training.experts.math import Factors, Routes
 from triton_sft_pipeline.training.fast import linear, ops
 from triton_sft_pipeline.training.fast.attention import Documents, flash, flash_backward
@@ -261,8 +261,8 @@ def _mlp(call: LayerCall, y: Tensor, factors: Sequence[Tensor | None]) -> tuple[
     weights, index = ops.router(logits, routed.bias, routed.chosen, routed.route_scale)
     routes = math.route(index, routed.experts.num_experts)
     first, second = _expert_factors(call, routed, factors)
-    u, _ = math.up(y, routes, _expert_weight(call, routed, "gate_up_proj"), first)
-    f.add_(math.down(u, weights, routes, _expert_weight(call, routed, "down_proj"), second))
+    u, _ = math.up(y, routes, _expert_weight(call, routed, "gate_up_proj", first), first)
+    f = math.down(u, weights, routes, _expert_weight(call, routed, "down_proj", second), second, add=f)
     return f, (weights, index, logits, routes.order, routes.inverse, routes.tokens, routes.offsets)
 
 
@@ -299,12 +299,12 @@ def _routed_backward(
     assert weights is not None and index is not None and logits is not None
     routes = Routes(*sorted_)  # type: ignore[arg-type]
     first, second = _expert_factors(call, routed, factors)
-    w1 = _expert_weight(call, routed, "gate_up_proj")
-    u, t = math.up(y, routes, w1, first)
-    w2 = _expert_weight(call, routed, "down_proj")
+    w1 = _expert_weight(call, routed, "gate_up_proj", first)
+    u, t, dropped = math.up_again(y, routes, w1, first)
+    w2 = _expert_weight(call, routed, "down_proj", second)
     du, dweights, *down_gradients = math.down_backward(grad, u, weights, routes, w2, second)
     del u
-    dy, *up_gradients = math.up_backward(du, y, routes, w1, first, t)
+    dy, *up_gradients = math.up_backward(du, y, routes, w1, first, t, dropped)
     dlogits = ops.router_backward(dweights, logits, index, routed.route_scale)
     dy.addmm_(dlogits, routed.router.weight.to(y.dtype))
     return dy, [_joined(g, place) for place, g in enumerate((*up_gradients, *down_gradients))]
@@ -326,18 +326,25 @@ def _expert_factors(
         if a is None or b is None or scale is None:
             return None
         count, dtype = routed.experts.num_experts, call.cos.dtype
-        split = split_a(a.to(dtype), count), split_b(b.to(dtype), count)
+        split = split_a(a.to(dtype), count), view_b(b.to(dtype), count)
         return Factors(*split, scale, routed.dropouts[place], call.seeds[4 + place])
 
     return one(0), one(1)
 
 
-def _expert_weight(call: LayerCall, routed: RoutedPart, name: str) -> Tensor:
-    """All experts' weights [E, out, in], unpacked into scratch memory."""
-    experts, out = routed.experts, None
-    if experts.is_packed:
-        out = call.scratch.take(name, experts.shape_of(name), experts.compute_dtype, call.cos.device)
-    return experts.weight(name, out=out).to(call.cos.dtype)
+def _expert_weight(call: LayerCall, routed: RoutedPart, name: str, lora: Factors | None) -> Tensor:
+    """All experts' weights [E, out, in]; packed ones are unpacked into scratch memory, and widened by B."""
+    experts, dtype = routed.experts, call.cos.dtype
+    if not experts.is_packed:
+        return experts.weight(name).to(dtype)
+    count, rows, width = experts.shape_of(name)
+    together = lora is not None and experts.compute_dtype == dtype
+    columns, pitch = math.widened(width, lora.b.shape[-1] if lora is not None and together else 0, dtype)
+    out = call.scratch.take(name, (count, rows, pitch), experts.compute_dtype, call.cos.device)[..., :columns]
+    experts.weight(name, out=out[..., :width])
+    if lora is not None and together:
+        math.fill_b(out, width, lora.b)
+    return out.to(dtype)
 
 
 def _load(call: LayerCall, place: int, factors: Sequence[Tensor | None], like: Tensor) -> Projection:

@@ -114,15 +114,30 @@ def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) ->
     return (_kernels("rows") if use_triton(o) else twins).gate_mul_backward(dy, o, gate, dgate_out)
 
 
-def swiglu(u: Tensor, add: Tensor | None = None) -> Tensor:
-    """h [M, I] = silu(u[:, :I]) * u[:, I:] for u [M, 2I]. With `add` [M, 2I], u += add happens first, in place."""
-    return (_kernels("rows") if use_triton(u) else twins).swiglu(u, add)
+def swiglu(u: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """h [M, I] = silu(u[:, :I]) * u[:, I:] for u [M, 2I], in `out` when given. With `add` [M, 2I], u += add happens
+    first, in place."""
+    return (_kernels("rows") if use_triton(u) else twins).swiglu(u, add, out)
 
 
 def swiglu_backward(dh: Tensor, u: Tensor, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(du [M, 2I], h [M, I], drow float32 [M] or None) of row_weight * swiglu(u), where dh [M, I] is the gradient of
     that weighted output's rows before the weight: drow = rowsum(dh * h), and du belongs to row_weight * dh."""
     return (_kernels("rows") if use_triton(u) else twins).swiglu_backward(dh, u, row_weight)
+
+
+def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(h, dropout(h, p, seed)) for h [M, I] = swiglu(u) in one pass, h in `out` when given."""
+    return (_kernels("rows") if use_triton(u) else twins).swiglu_dropout(u, p, seed, out)
+
+
+def swiglu_dropout_backward(
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`swiglu_backward` where h went another way, too, through dropout: in one pass (du [M, 2I], dropout(h, p, seed)
+    [M, I], drow float32 [M]) for the gradient dh + dropout(extra, p, seed, scale=scale), dh and extra [M, I]."""
+    backend = _kernels("rows") if use_triton(u) else twins
+    return backend.swiglu_dropout_backward(dh, extra, u, row_weight, p, seed, scale)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -135,9 +150,16 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, add: Tensor | None = None, 
     return (_kernels("rows") if use_triton(x) else twins).dropout(x, p, seed, add, scale)
 
 
-def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0) -> Any:
-    """Rows x[index], [S, H]. With p > 0 a pair: the rows, and dropout(rows, p, seed), the seed as there."""
-    return (_kernels("moe") if use_triton(x) else twins).gather(x, index, p, seed)
+def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0, out: Tensor | None = None) -> Any:
+    """Rows x[index], [S, H], in `out` when given. With p > 0 a pair: the rows, and dropout(rows, p, seed), the seed as
+    there."""
+    return (_kernels("moe") if use_triton(x) else twins).gather(x, index, p, seed, out)
+
+
+def combine_dropout(y: Tensor, inverse: Tensor, y2: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """out[n] = sum over j of (y + dropout(y2, p, seed))[inverse[n, j]], [N, H] in y's type for y and y2 [S, H]; summed
+    in float32, as in `combine`."""
+    return (_kernels("moe") if use_triton(y) else twins).combine_dropout(y, inverse, y2, p, seed)
 
 
 def combine(

@@ -137,11 +137,12 @@ def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) ->
     return wide.to(o.dtype)
 
 
-def swiglu(u: Tensor, add: Tensor | None = None) -> Tensor:
+def swiglu(u: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     if add is not None:
         u.add_(add)
     gate, up = u.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    h = torch.nn.functional.silu(gate) * up
+    return h if out is None else out.copy_(h)
 
 
 def swiglu_backward(dh: Tensor, u: Tensor, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -218,9 +219,27 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, add: Tensor | None = None, 
     return (dropped if add is None else dropped + _wide(add)).to(x.dtype)
 
 
-def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0) -> Any:
-    rows = x[index]
+def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    h = swiglu(u, None, out)
+    return h, dropout(h, p, seed)
+
+
+def swiglu_dropout_backward(
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = dropout(_wide(extra), p, seed, _wide(dh), scale)
+    du, h, drow = swiglu_backward(total, u, row_weight)
+    assert drow is not None  # with a row weight there is one
+    return du, dropout(h, p, seed), drow
+
+
+def gather(x: Tensor, index: Tensor, p: float = 0.0, seed: int | Tensor = 0, out: Tensor | None = None) -> Any:
+    rows = x[index] if out is None else out.copy_(x[index])
     return (rows, dropout(rows, p, seed)) if p > 0 else rows
+
+
+def combine_dropout(y: Tensor, inverse: Tensor, y2: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    return combine(dropout(_wide(y2), p, seed, _wide(y)), inverse, None).to(y.dtype)
 
 
 def combine(

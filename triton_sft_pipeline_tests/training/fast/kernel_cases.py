@@ -141,6 +141,30 @@ def swiglus(size: Size) -> None:
     first, second = u.clone(), u.clone()
     close(kernels_rows.swiglu(first, add), twins.swiglu(second, add), size)
     close(first, second, size)
+    wide = torch.full_like(u, 3.0)
+    kernels_rows.swiglu(u, out=wide[:, : size.inner])
+    close(wide[:, : size.inner], twins.swiglu(u), size)
+    assert (wide[:, size.inner :] == 3).all()
+
+
+def dropped_swiglus(size: Size) -> None:
+    for tokens, inner in ((size.tokens, size.inner), (min(size.tokens, 7), size.inner + 3)):
+        rows = tokens * size.chosen
+        u, weight = size.columns(rows, 2 * inner, seed=1), size.normal(rows, seed=4, dtype=torch.float32)
+        dh, extra = size.normal(rows, inner, seed=2), size.columns(rows, inner, seed=3)
+        for p, seed in ((0.05, 2**31 - 1), (0.5, torch.tensor([2**40 + 3], device=size.device))):
+            wide = torch.full((rows, inner + 5), 3.0, dtype=size.dtype, device=size.device)
+            expected = twins.swiglu_dropout(u, p, seed)
+            mine = kernels_rows.swiglu_dropout(u, p, seed, wide[:, :inner])
+            close(mine, expected, size)
+            close(kernels_rows.swiglu_dropout(u, p, seed), expected, size)
+            assert torch.equal(mine[1] == 0, expected[1] == 0), "another mask than the twin's"
+            assert (wide[:, inner:] == 3).all()
+            arguments = dh, extra, u, weight, p, seed, 0.5
+            du, dropped, drow = kernels_rows.swiglu_dropout_backward(*arguments)
+            *rows_expected, sum_expected = twins.swiglu_dropout_backward(*arguments)
+            close((du, dropped), tuple(rows_expected), size)
+            close(drow / inner**0.5, sum_expected / inner**0.5, size)
 
 
 def masks(size: Size) -> None:
@@ -171,6 +195,10 @@ def gathers(size: Size) -> None:
         close(dropped, twins.dropout(x[index], 0.25, 77), size)
         again = kernels_moe.gather(x, index, 0.25, torch.tensor([77], device=size.device))
         assert torch.equal(again[0], rows) and torch.equal(again[1], dropped)
+        for p in (0.0, 0.25):
+            wide = torch.full((index.numel(), width + 5), 3.0, dtype=size.dtype, device=size.device)
+            kernels_moe.gather(x, index, p, 77, wide[:, :width])
+            assert torch.equal(wide[:, :width], x[index]) and (wide[:, width:] == 3).all()
 
 
 def combines(size: Size) -> None:
@@ -183,6 +211,11 @@ def combines(size: Size) -> None:
     add = size.columns(size.tokens, size.hidden, seed=2)
     for arguments in ((weights,), (None,), (weights, add), (None, add, y2, 0.25), (weights, None, y2, 1.0)):
         close(kernels_moe.combine(y, inverse, *arguments), twins.combine(y, inverse, *arguments), size)
+    for width in (size.hidden, size.hidden + 3, 3000):
+        y, y2 = size.normal(rows, width), size.columns(rows, width, seed=1)
+        for p, seed in ((0.05, 2**31 - 1), (0.5, torch.tensor([2**40 + 3], device=size.device))):
+            mine = kernels_moe.combine_dropout(y, inverse, y2, p, seed)
+            close(mine, twins.combine_dropout(y, inverse, y2, p, seed), size)
 
 
 def routers(size: Size) -> None:
@@ -245,7 +278,8 @@ def weights(size: Size) -> None:
 
 
 CASES: dict[str, Callable[[Size], None]] = {
-    case.__name__: case for case in (norms, heads, gates, swiglus, masks, gathers, combines, routers, sorts, weights)
+    case.__name__: case
+    for case in (norms, heads, gates, swiglus, dropped_swiglus, masks, gathers, combines, routers, sorts, weights)
 }
 
 TRINITY = Size(

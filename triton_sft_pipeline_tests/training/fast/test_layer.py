@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from triton_sft_pipeline.training.experts import math
 from triton_sft_pipeline.training.experts.adapter import ExpertAdapter
 from triton_sft_pipeline.training.experts.math import Factors
 from triton_sft_pipeline.training.fast import twins
@@ -176,6 +177,40 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_stock_layers_are(device: s
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain-scales", "quantised-scales"])
 def test_four_bit_weights_agree_with_the_stock_path(double: bool) -> None:
+    model = _in_four_bits(double=double)
+    expected = gradients(model, tokens(2, 9))
+
+    assert make_fast(model, force=True)
+    actual = gradients(model, tokens(2, 9))
+
+    assert fused_passes(model) == 1
+    assert_equal(actual, expected, 1e-5)
+
+
+def test_four_bit_weights_with_dropout_agree_with_the_stock_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts' weights that are unpacked have the adapter's second factors beside them."""
+    widths: list[int] = []
+    up = math.up_again
+
+    def recorded(x: Tensor, routes: Any, w1: Tensor, lora: Any) -> Any:
+        widths.append(w1.shape[-1] - x.shape[-1])
+        return up(x, routes, w1, lora)
+
+    monkeypatch.setattr(math, "up_again", recorded)
+    model = _in_four_bits(dropout=0.5)
+    make_fast(model, force=True)
+    torch.manual_seed(7)
+    actual = gradients(model, tokens(2, 9))
+    # Layers with experts, forwards and backwards; ranks of no whole 16 bytes are filled up.
+    assert widths == [4] * 6
+    make_plain(model)
+
+    torch.manual_seed(7)
+    _give_masks(model, torch.randint(2**31, (4, SEEDS)).tolist(), monkeypatch)
+    assert_equal(actual, gradients(model, tokens(2, 9)), 1e-5)
+
+
+def _in_four_bits(*, double: bool = True, dropout: float = 0.0) -> Any:
     bnb = pytest.importorskip("bitsandbytes")
     model = tiny_model(torch.float32, hidden_size=64, intermediate_size=128, moe_intermediate_size=64, head_dim=16)
     base = model.unload()
@@ -195,14 +230,7 @@ def test_four_bit_weights_agree_with_the_stock_path(double: bool) -> None:
         layer.mlp.experts.double = double
         layer.mlp.experts.pack_in_place()
     base.is_loaded_in_4bit = True
-    model = with_adapters(base, torch.float32, 0.0)
-    expected = gradients(model, tokens(2, 9))
-
-    assert make_fast(model, force=True)
-    actual = gradients(model, tokens(2, 9))
-
-    assert fused_passes(model) == 1
-    assert_equal(actual, expected, 1e-5)
+    return with_adapters(base, torch.float32, dropout)
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:

@@ -136,6 +136,29 @@ def test_swiglu_adds_in_place_first() -> None:
     same(u, total)
 
 
+def test_swiglu_and_dropout_in_one_are_both_in_turn() -> None:
+    u = normal(6, 64)
+    out = torch.zeros(6, 40, dtype=u.dtype)[:, :32]
+    h, dropped = ops.swiglu_dropout(u, 0.3, 9, out)
+    assert h.data_ptr() == out.data_ptr()
+    assert torch.equal(out, ops.swiglu(u))
+    assert torch.equal(ops.swiglu(u, out=out), ops.swiglu(u))
+    assert torch.equal(dropped, ops.dropout(h, 0.3, 9))
+
+
+def test_gradients_of_swiglu_with_dropout_behind_it_are_autograds() -> None:
+    u, weight = normal(6, 64).requires_grad_(), normal(6, seed=2).requires_grad_()
+    dh, extra = normal(6, 32, seed=1), normal(6, 32, seed=3)
+    h = torch.nn.functional.silu(u[:, :32]) * u[:, 32:]
+    mask = (ops.dropout(torch.ones_like(dh), 0.3, 9) > 0).double()
+    outputs = weight[:, None] * (h * dh + 0.5 * mask * h / 0.7 * extra)
+    expected = torch.autograd.grad(outputs.sum(), [u, weight])
+    du, dropped, drow = ops.swiglu_dropout_backward(dh, extra, u.detach(), weight.detach(), 0.3, 9, 0.5)
+    same(du, expected[0])
+    same(dropped, (mask * h / 0.7).detach())
+    same(drow, expected[1])
+
+
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +215,10 @@ def test_gathered_rows_are_dropped_with_the_mask_of_dropout() -> None:
     rows, dropped = ops.gather(x, index, p=0.3, seed=9)
     assert torch.equal(rows, x[index])
     assert torch.equal(dropped, ops.dropout(x[index], 0.3, 9))
+    for p in (0.0, 0.3):
+        wide = torch.zeros(7, 80, dtype=x.dtype)
+        ops.gather(x, index, p, 9, wide[:, :64])
+        assert torch.equal(wide[:, :64], x[index]) and not wide[:, 64:].any()
 
 
 def test_combining_is_the_weighted_sum_over_the_choices_of_a_token() -> None:
@@ -202,6 +229,7 @@ def test_combining_is_the_weighted_sum_over_the_choices_of_a_token() -> None:
     same(ops.combine(y, inverse, weights), expected)
     same(ops.combine(y, inverse, weights, add), expected + add)
     same(ops.combine(y, inverse, None, y2=y2, scale2=0.25), (y + 0.25 * y2)[inverse].sum(1))
+    same(ops.combine_dropout(y, inverse, y2, 0.3, 9), (y + ops.dropout(y2, 0.3, 9))[inverse].sum(1))
 
 
 # -- routing -------------------------------------------------------------------------------------------------------
