@@ -69,6 +69,8 @@ def create_training_config(settings: TrainingSettings | None = None, output_dir:
         run_name=settings.run_name,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
+        # Batches go to the device behind what it still has to do, instead of waiting for it.
+        accelerator_config={"non_blocking": on_gpu},
         ddp_backend=None if on_gpu or world_size() == 1 else "gloo",
         # Frozen weights and their quantisation constants are the same everywhere and stay so.
         ddp_broadcast_buffers=False,

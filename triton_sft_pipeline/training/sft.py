@@ -5,11 +5,13 @@ Knows nothing of files, models or data: trainer.py puts them together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.training import ranks
+from triton_sft_pipeline.training.batch_facts import FACTS, BatchFacts, with_facts
 from triton_sft_pipeline.training.lora import load_adapter_weights
 
 if TYPE_CHECKING:
@@ -26,9 +28,79 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
 
     class AdapterTrainer(SFTTrainer):
         """SFTTrainer that resumes an adapter in the types it was saved in, whose evaluations leave no trace in the
-        training, and whose steps take the same rows however many processes share them."""
+        training, whose steps take the same rows however many processes share them, and which asks the device
+        for metrics only where a log line is due."""
 
         fast_layers = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.data_collator: Any = with_facts(self.data_collator)
+            self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = []
+            self._flos_a_token: int | None = None
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            facts = inputs.pop(FACTS, None)
+            if facts is None or return_outputs or not self.model.training or not self._plain_loss():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._training_loss(model, inputs, facts, num_items_in_batch)
+
+        def _plain_loss(self) -> bool:
+            """Whether the loss is the completions' negative log-likelihood and nothing else."""
+            if self.compute_loss_func is not None or self.label_smoother is not None or self.aux_loss_enabled:
+                return False
+            return self.args.loss_type == "nll" and self.accelerator.parallelism_config is None
+
+        def _training_loss(self, model: Any, inputs: dict[str, Any], facts: BatchFacts, items: Any) -> torch.Tensor:
+            """The inherited loss to the bit; metrics stay on the device until they are logged."""
+            with _padding_known(self.model, facts.padded_behind) if self.fast_layers else contextlib.nullcontext():
+                outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+            valid = outputs.label_mask.sum()
+            losses = -outputs.log_probs
+            loss: torch.Tensor = losses.sum() / torch.as_tensor(valid if items is None else items).clamp(min=1)
+            if self.args.average_tokens_across_devices and items is not None:
+                # The gradients' mean over processes follows, and `items` are those of all of them.
+                loss = loss * self.accelerator.num_processes
+            # Detached: what waits for a log line must not hold a pass's activations.
+            self._pending.append((valid, outputs.is_top1.detach().sum(), outputs.entropy.detach().sum(), facts.tokens))
+            return loss
+
+        def _settle_metrics(self) -> None:
+            """Turn what was measured since the last log line into TRL's metrics: means over the tokens of all
+            processes, one a forward pass. Every process has to come here."""
+            if not self._pending:
+                return
+            valid, correct, entropy, tokens = zip(*self._pending, strict=True)
+            self._pending.clear()
+            valid, correct = self._summed(valid), self._summed(correct)
+            entropy = self._summed(entropy)
+            metrics = self._metrics["train"]
+            for name, sums in (("entropy", entropy), ("mean_token_accuracy", correct)):
+                means = torch.where(valid > 0, sums / valid, 0.0).tolist()
+                metrics[name].extend(means)
+            self._total_train_tokens += int(self._summed([torch.tensor(sum(tokens), device=self.args.device)]))
+            metrics["num_tokens"] = [self._total_train_tokens]
+
+        def _summed(self, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+            """[numbers], each summed over all processes."""
+            return self.accelerator.gather(torch.stack(list(numbers))[None]).sum(0).cpu()
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            self._settle_metrics()
+            super().log(logs, start_time)
+
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+            # The inherited one counts the parameters of thousands of modules, in every forward pass.
+            if self._flos_a_token is None:
+                self._flos_a_token = super().floating_point_ops({"input_ids": inputs["input_ids"][:1, :1]})
+            return self._flos_a_token * int(inputs["input_ids"].numel())
+
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            optimiser, options = SFTTrainer.get_optimizer_cls_and_kwargs(*args, **kwargs)
+            return without_waiting(optimiser), options
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             if self.args.world_size == 1:
@@ -50,6 +122,7 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             # Every pass over a data loader draws a random number. Without this, how often one evaluates would change
             # the dropout that follows.
+            self._settle_metrics()
             with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
                 return super().evaluate(*args, **kwargs)
 
@@ -57,6 +130,36 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
             """Nothing: PEFT writes a card beside the weights, and that one suffices."""
 
     return AdapterTrainer
+
+
+def without_waiting(optimiser: Any) -> Any:
+    """`optimiser` (a class) itself, or, where it is one of bitsandbytes', one that computes the same without waiting
+    for the device after every tensor. Where states are paged it waits as before: they move behind torch's back."""
+    if optimiser.__module__.partition(".")[0] != "bitsandbytes":
+        return optimiser
+    from bitsandbytes.optim import optimizer as library
+
+    if not hasattr(library, "sync_gpu"):
+        return optimiser
+
+    class Unwaiting(optimiser):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            if self.is_paged:
+                return super().step(closure)
+            wait, library.sync_gpu = library.sync_gpu, _nothing
+            try:
+                return super().step(closure)
+            finally:
+                library.sync_gpu = wait
+
+    # Trainer looks where an optimiser comes from.
+    Unwaiting.__module__, Unwaiting.__name__ = optimiser.__module__, optimiser.__name__
+    Unwaiting.__qualname__ = optimiser.__qualname__
+    return Unwaiting
+
+
+def _nothing(_: Any) -> None:
+    pass
 
 
 def watching(on_log: OnLog | None) -> Any:
@@ -105,6 +208,14 @@ def log_into(trainer: SFTTrainer, directory: Path) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(directory)
+
+
+@contextlib.contextmanager
+def _padding_known(model: Any, behind: bool) -> Iterator[None]:
+    from triton_sft_pipeline.training.fast.install import padding_known
+
+    with padding_known(model, behind):
+        yield
 
 
 def _each_epoch(order: Any) -> Any:

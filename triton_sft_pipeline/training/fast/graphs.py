@@ -75,6 +75,10 @@ class StackGraphs:
         make_calls: makes what the layers are given for a shape.
         seeds_shape: layers, seeds a layer.
         longest: tokens of the longest micro-batch to come.
+
+    Attributes:
+        pairs: every weight and the fixed place of its gradient.
+        alone: whether no other process takes part.
     """
 
     def __init__(
@@ -90,13 +94,14 @@ class StackGraphs:
         self._seeds = torch.zeros(seeds_shape, dtype=torch.int64, device=device)
         self._longest = longest
         self._gradients = [[None if p is None else torch.zeros_like(p) for p in layer] for layer in parameters]
-        self._pairs = [
+        self.pairs = [
             (p, g)
             for layer, places in zip(parameters, self._gradients, strict=True)
             for p, g in zip(layer, places, strict=True)
             if p is not None and g is not None
         ]
-        self._alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+        self._weights = [p for p, _ in self.pairs]
+        self.alone = not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._places = self._addresses()
@@ -106,10 +111,11 @@ class StackGraphs:
 
         Valid until the next call: the backward pass of this one has to come before it.
         """
-        if self._places != self._addresses():
+        places = self._addresses()
+        if places != self._places:
             # Weights that were loaded since stand somewhere else.
             self._recorded.clear()
-            self._places = self._addresses()
+            self._places = places
         key = (x.shape[0], x.shape[1])
         if key not in self._recorded:
             first = (x.shape[0], rounded_length(self._longest, self._longest))
@@ -118,19 +124,35 @@ class StackGraphs:
                     self._recorded[shape] = self._record(shape, x)
         # Pinned memory is kept by its allocator until the copy is done.
         self._seeds.copy_(torch.tensor(seeds, dtype=torch.int64).pin_memory(), non_blocking=True)
-        if self._alone:
-            self._continue_gradients()
-        out: Tensor = _Replay.apply(x, self._recorded[key], self._pairs, self._alone, *(p for p, _ in self._pairs))
+        out: Tensor = _Replay.apply(x, self._recorded[key], self, *self._differentiated(x))
         return out
 
-    def _continue_gradients(self) -> None:
-        """Have the fixed places hold what the weights' gradients are so far: nothing after an optimiser step."""
-        cleared = [place for p, place in self._pairs if p.grad is None]
+    def _differentiated(self, x: Tensor) -> Sequence[Tensor]:
+        """The weights that autograd has to know of. Alone, where gradients do not go through it, one is enough to have
+        it call the backward pass, and none where the input does that: each takes its time."""
+        if not self.alone:
+            return self._weights
+        return () if x.requires_grad else self._weights[:1]
+
+    def continue_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Have the fixed places hold what the weights' gradients are so far: nothing after an optimiser step.
+
+        Returns:
+            Weights whose `.grad` is not yet their fixed place, with that place.
+        """
+        elsewhere, cleared = [], []
+        for p, place in self.pairs:
+            grad = p.grad
+            if grad is place:
+                continue
+            elsewhere.append((p, place))
+            if grad is None:
+                cleared.append(place)
+            else:
+                place.copy_(grad)
         if cleared:
             torch._foreach_zero_(cleared)
-        for p, place in self._pairs:
-            if p.grad is not None and p.grad is not place:
-                place.copy_(p.grad)
+        return elsewhere
 
     def release(self) -> None:
         """Forget all graphs; their memory goes back."""
@@ -139,7 +161,7 @@ class StackGraphs:
         torch.cuda.empty_cache()
 
     def _addresses(self) -> list[int]:
-        return [p.data_ptr() for layer in self._parameters for p in layer if p is not None]
+        return list(map(Tensor.data_ptr, self._weights))
 
     def _record(self, shape: tuple[int, int], like: Tensor) -> _Recorded:
         calls = self._make_calls(*shape, self._seeds)
@@ -175,33 +197,34 @@ class StackGraphs:
             dx, gradients = backward_pass(call, dx, x, kept, factors)
             for place, gradient in zip(places, gradients, strict=True):
                 if place is not None and gradient is not None:
-                    (place.add_ if self._alone else place.copy_)(gradient)
+                    (place.add_ if self.alone else place.copy_)(gradient)
         return dx.view(grad.shape)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, recorded: _Recorded, pairs: list[tuple[Tensor, Tensor]], alone: bool, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, recorded: _Recorded, graphs: StackGraphs, *weights: Tensor) -> Tensor:
         recorded.x.copy_(x)
         recorded.forward.replay()
         recorded.passes += 1
-        ctx.recorded, ctx.pairs, ctx.alone, ctx.number = recorded, pairs, alone, recorded.passes
+        ctx.recorded, ctx.graphs, ctx.weights, ctx.number = recorded, graphs, len(weights), recorded.passes
         return recorded.out.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         recorded: _Recorded = ctx.recorded
+        graphs: StackGraphs = ctx.graphs
         if ctx.number != recorded.passes:
             raise RuntimeError("another forward pass came before this one's backward pass; its activations are gone")
         recorded.grad.copy_(grad)
+        # Not earlier: gradients may be cleared after the forward pass.
+        elsewhere = graphs.continue_gradients() if graphs.alone else []
         recorded.backward.replay()
-        if ctx.alone:
-            for weight, place in ctx.pairs:
+        if graphs.alone:
+            for weight, place in elsewhere:
                 weight.grad = place
-            return recorded.dx, None, None, None, *(None for _ in ctx.pairs)
-        # These very tensors, which are held elsewhere, too: autograd then copies them when it keeps them as .grad, where
-        # tensors that nobody else holds become .grad themselves, and the next replay would write into that.
-        return recorded.dx, None, None, None, *(place for _, place in ctx.pairs)
+            return recorded.dx, None, None, *(None for _ in range(ctx.weights))
+        # These very tensors, which are held elsewhere, too, so that autograd copies what it keeps as .grad. Tensors
+        # that nobody else holds become .grad themselves, and the next replay would write into that.
+        return recorded.dx, None, None, *(place for _, place in graphs.pairs)

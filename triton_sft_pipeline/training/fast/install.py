@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.afmoe.modeling_afmoe import AfmoeModel
 
+from triton_sft_pipeline.training.batch_facts import padded_behind
 from triton_sft_pipeline.training.fast import ops
 from triton_sft_pipeline.training.fast.attention import Documents, find_documents
 from triton_sft_pipeline.training.fast.graphs import StackGraphs, rounded_length
@@ -95,6 +96,22 @@ def fused_passes(peft_model: nn.Module) -> int:
     return fused.passes if fused is not None else 0
 
 
+@contextmanager
+def padding_known(peft_model: nn.Module, behind: bool) -> Iterator[None]:
+    """Tell the fused layers of `peft_model` whether rows are padded behind their tokens (or not at all) in the forward
+    passes to come: otherwise they ask the device, which takes as long as everything that it still has to do. Nothing
+    happens without fused layers."""
+    fused: _FusedTraining | None = peft_model.__dict__.get(_ATTRIBUTE)
+    if fused is None:
+        yield
+        return
+    before, fused.padded_behind = fused.padded_behind, behind
+    try:
+        yield
+    finally:
+        fused.padded_behind = before
+
+
 @dataclass
 class _Batch:
     """What the layers of one forward pass share.
@@ -135,6 +152,7 @@ class _FusedTraining:
         self.graphs: StackGraphs | None = None
         self.scratch = Scratch()
         self.batch: _Batch | None = None
+        self.padded_behind: bool | None = None
         self.passes = 0
         self._before: list[tuple[nn.Module, Any]] = []
         self._signature = inspect.signature(AfmoeModel.forward)
@@ -228,7 +246,7 @@ class _FusedTraining:
         given = options.get("input_ids")
         rows, tokens = (given if given is not None else options["inputs_embeds"]).shape[:2]
         mask = options.get("attention_mask")
-        if mask is not None and not _padded_behind(mask):
+        if mask is not None and not self._padded_behind(mask):
             return None
         documents = find_documents(options.get("position_ids"), rows, tokens)
         seeds = [[0] * SEEDS] * len(self.parts)
@@ -239,6 +257,11 @@ class _FusedTraining:
         if self.longest is not None and options.get("position_ids") is None and tokens <= self.longest:
             padded = rounded_length(tokens, self.longest)
         return _Batch(rows, tokens, documents, rows * (padded or tokens) <= self.kept_tokens, seeds, None, padded)
+
+    def _padded_behind(self, mask: Any) -> bool:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return False
+        return padded_behind(mask) if self.padded_behind is None else self.padded_behind
 
     def _replayed(self, hidden: Tensor, batch: _Batch) -> Tensor:
         """All layers, as graphs that are recorded at the first micro-batch of a length."""
@@ -286,14 +309,6 @@ def _checkpointing_off(model: AfmoeModel) -> Iterator[None]:
     finally:
         for layer in on:
             layer.gradient_checkpointing = True
-
-
-def _padded_behind(mask: Any) -> bool:
-    """Whether a mask [rows, tokens] says no more than how many tokens each row begins with. Waits for the device."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return False
-    real = mask != 0
-    return bool(real[:, 0].all() & (real[:, 1:] <= real[:, :-1]).all())
 
 
 def _flat_rope(tables: tuple[Tensor, Tensor], batch: _Batch, like: Tensor) -> tuple[Tensor, Tensor]:

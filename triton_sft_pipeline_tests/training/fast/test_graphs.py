@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_sft_pipeline.training.fast import install
-from triton_sft_pipeline.training.fast.graphs import LENGTHS, MakeCalls, StackGraphs, rounded_length
+from triton_sft_pipeline.training.fast.graphs import LENGTHS, MakeCalls, StackGraphs, _Recorded, rounded_length
 from triton_sft_pipeline.training.fast.install import fused_passes, make_fast
 from triton_sft_pipeline.training.fast.layer import decoder_layer
 from triton_sft_pipeline_tests.training.fast.models import assert_equal, gradients, tiny_model, tokens
@@ -67,9 +67,155 @@ def test_a_row_longer_than_was_announced_goes_layer_by_layer(monkeypatch: pytest
     assert fused_passes(model) == 1
 
 
+class Unreplayed:
+    """Stands for a graph: computes again what would be replayed."""
+
+    def __init__(self, replay: Any) -> None:
+        self.replay = torch.no_grad()(replay)
+
+
+def unreplayed(self: StackGraphs, shape: tuple[int, int], like: Tensor) -> Any:
+    """Places as recorded graphs have them, which nothing but a replay writes to."""
+    calls, saved = self._make_calls(*shape, self._seeds), list[Any]()
+    x, out, grad, dx = (torch.zeros((*shape, like.shape[-1]), dtype=like.dtype) for _ in range(4))
+
+    def forward() -> None:
+        result, saved[:] = self._forward(calls, x)
+        out.copy_(result)
+
+    def backward() -> None:
+        dx.copy_(self._backward(calls, grad, list(saved)))
+
+    first: Any = Unreplayed(forward)
+    second: Any = Unreplayed(backward)
+    return _Recorded(first, second, x, out, grad, dx, calls)
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
+    """A model whose layers are "replayed" on the CPU, and how many weights each pass told autograd of."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(StackGraphs, "_record", unreplayed)
+    told: list[int] = []
+    choose = StackGraphs._differentiated
+
+    def watched(self: StackGraphs, x: Tensor) -> Sequence[Tensor]:
+        chosen = choose(self, x)
+        told.append(len(chosen))
+        return chosen
+
+    monkeypatch.setattr(StackGraphs, "_differentiated", watched)
+    return tiny_model(torch.float64), told
+
+
+def loss_of(model: Any, ids: Tensor, trained_input: bool = False) -> Tensor:
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_(trained_input)
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    return (logits * torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)).tanh().sum()
+
+
+def accumulated(model: Any, trained_input: bool) -> list[dict[str, Tensor]]:
+    """The gradients after each pass of three optimiser steps: two passes, one, and one after gradients that were set
+    from elsewhere."""
+    found = []
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for step, seeds in enumerate([(1, 2), (3,), (4,)]):
+        model.zero_grad()
+        if step == 2:
+            for number, p in enumerate(parameters.values()):
+                p.grad = torch.full_like(p, 0.5) if number % 2 else None
+        for seed in seeds:
+            loss_of(model, tokens(1, 9 + seed, seed), trained_input).backward()
+            found.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+    return found
+
+
+@pytest.mark.parametrize("trained_input", [False, True])
+def test_gradients_of_replayed_layers_are_those_of_autograd(
+    replayed: tuple[Any, list[int]], trained_input: bool
+) -> None:
+    model, told = replayed
+    make_fast(model, force=True)
+    expected = accumulated(model, trained_input)
+    assert told == []
+    make_fast(model, force=True, longest=64)
+    found = accumulated(model, trained_input)
+    # One weight has autograd call the backward pass where the input does not.
+    assert told == [0 if trained_input else 1] * 4
+    for one, other in zip(found, expected, strict=True):
+        assert len(one) > 40
+        assert_equal(one, other, 1e-12)
+
+
+def test_processes_that_exchange_gradients_have_autograd_see_all_of_them(
+    replayed: tuple[Any, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = replayed
+    make_fast(model, force=True)
+    expected = accumulated(model, False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    make_fast(model, force=True, longest=64)
+    found = accumulated(model, False)
+    assert told == [sum(p.requires_grad for p in model.parameters())] * 4
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one, other, 1e-12)
+
+
+def test_gradients_that_are_cleared_between_the_two_passes_are_gone(replayed: tuple[Any, list[int]]) -> None:
+    model, _ = replayed
+    make_fast(model, force=True, longest=64)
+    found = []
+    for seed in (1, 2, 2):
+        loss = loss_of(model, tokens(1, 9, seed))
+        model.zero_grad()
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert_equal(found[1], found[2], 1e-12)
+    make_fast(model, force=True)
+    model.zero_grad()
+    loss_of(model, tokens(1, 9, 2)).backward()
+    assert_equal(found[1], {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, 1e-12)
+
+
+def test_gradients_stay_in_their_places_from_pass_to_pass(replayed: tuple[Any, list[int]]) -> None:
+    model, _ = replayed
+    make_fast(model, force=True, longest=64)
+    places = []
+    for seed in (1, 2, 3):
+        loss_of(model, tokens(1, 9, seed)).backward()
+        places.append([p.grad.data_ptr() for p in model.parameters() if p.requires_grad])
+        if seed == 2:
+            model.zero_grad()
+    assert places[0] == places[1] == places[2]
+
+
+@pytest.mark.parametrize("moved", ["lora_A", "lora_B"])
+def test_weights_that_move_between_two_passes_are_found(
+    replayed: tuple[Any, list[int]], moved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = replayed
+    shapes: list[tuple[int, int]] = []
+
+    def counted(self: StackGraphs, shape: tuple[int, int], like: Tensor) -> Any:
+        shapes.append(shape)
+        return unreplayed(self, shape, like)
+
+    monkeypatch.setattr(StackGraphs, "_record", counted)
+    make_fast(model, force=True, longest=64)
+    for _ in range(2):
+        loss_of(model, tokens(1, 9)).backward()
+    assert shapes == [(1, 64)]
+    (*_, last) = (p for name, p in model.named_parameters() if moved in name)
+    last.data = last.data.clone()
+    loss_of(model, tokens(1, 9)).backward()
+    assert shapes == [(1, 64)] * 2
+
+
 @pytest.fixture
 def on_gpu() -> Any:
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 64}
     return tiny_model(torch.bfloat16, dropout=0.1, **sizes).cuda()
 
 
