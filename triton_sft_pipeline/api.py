@@ -9,7 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triton_sft_pipeline.config import Config, load_config, recorded_config, storage_root, traces_location
+from triton_sft_pipeline.config import (
+    TRACES_SETTING,
+    Config,
+    load_config,
+    recorded_config,
+    storage_root,
+    traces_location,
+)
 from triton_sft_pipeline.errors import GateError, PipelineError
 
 if TYPE_CHECKING:
@@ -37,7 +44,8 @@ def load_and_filter_traces(
     problems.
 
     Args:
-        path: a .json or .jsonl file of traces, or a folder of them; default TRITON_SFT_TRACES, else the shipped sample.
+        path: traces: a file (.json, .jsonl, also .gz or .zst, or .parquet), a folder, a pattern, or hf://owner/name;
+            default TRITON_SFT_TRACES, else the shipped sample.
         require_correctness: the kernel's output matched PyTorch.
         require_fast_0: the same bar, by its own flag.
         require_fast_1: speedup > 1.0.
@@ -59,7 +67,8 @@ def load_and_filter_traces(
         require_fast_2=require_fast_2,
         min_speedup=min_speedup,
     )
-    filtered = filter_location(Path(path) if path else traces_location(), settings)
+    origin = None if path else TRACES_SETTING
+    filtered = filter_location(path or traces_location(), settings, keep_raw=True, origin=origin)
     print(describe(filtered))
     return filtered.raw
 
@@ -84,6 +93,7 @@ def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1)
 
     from triton_sft_pipeline.chat.dataset import messages_of, split_problems
     from triton_sft_pipeline.traces.record import Malformed, RawRecord, parse_record
+    from triton_sft_pipeline.traces.schemas import is_code
 
     parsed = [
         parse_record(RawRecord("prepare_dataset(traces)", i, 0, dict(t) if isinstance(t, Mapping) else t, ""))
@@ -95,6 +105,11 @@ def prepare_dataset(traces: Iterable[Mapping[str, Any]], test_size: float = 0.1)
         if isinstance(trace, Malformed):
             raise PipelineError(
                 f"trace {index}: {trace.detail}. Filter the traces first: load_and_filter_traces(path)."
+            )
+        if not is_code(trace.triton_code):
+            raise PipelineError(
+                f"trace {index} ({trace.sample_key}): triton_code is missing. "
+                "Filter the traces first: load_and_filter_traces(path)."
             )
         if not trace.reasoning:
             raise PipelineError(
@@ -268,9 +283,7 @@ def main(
         StepError: out of memory, or a full disk.
     """
     config = load_config(preset=preset)
-    run = train_from_traces(
-        config, Path(traces) if traces else traces_location(), Path(output_dir or storage_root() / OUTPUT)
-    )
+    run = train_from_traces(config, traces or traces_location(), Path(output_dir or storage_root() / OUTPUT))
     return run if run.model is not None else _with_model(run, config)
 
 
@@ -283,54 +296,49 @@ def _with_model(run: TrainingRun, config: Config) -> TrainingRun:
     return dataclasses.replace(run, model=load(config.model, run.adapter_dir)[0])
 
 
-def train_from_traces(config: Config, traces: Path, output_dir: Path) -> TrainingRun:
+def train_from_traces(config: Config, traces: str | Path, output_dir: Path) -> TrainingRun:
     """`main` under a given configuration."""
-    from triton_sft_pipeline.config import held_out_fingerprints
-    from triton_sft_pipeline.traces import describe, filter_location
+    from triton_sft_pipeline.filtering import filter_with_progress
 
-    filtered = filter_location(traces, config.filter, held_out_fingerprints(config))
-    print(describe(filtered))
-    if len(filtered.kept) < config.filter.min_traces:
+    filtered = filter_with_progress(config, traces)
+    if filtered.kept_count < config.filter.min_traces:
         raise GateError(
-            f"{traces}: {len(filtered.kept)} traces are kept, filter.min_traces wants {config.filter.min_traces}.",
+            f"{traces}: {filtered.kept_count} traces are kept, filter.min_traces wants {config.filter.min_traces}.",
             "min_traces",
         )
-    dataset = write_chat_dataset(config, filtered.kept, output_dir / "dataset")
+    dataset = write_chat_dataset(config, filtered.kept, output_dir / "dataset", filtered.directory)
     return train_adapter(config, dataset, output_dir)
 
 
-def write_chat_dataset(config: Config, kept: list[Any], directory: Path) -> Path:
+def write_chat_dataset(config: Config, kept: Iterable[Trace], directory: Path, filtered: Path | None = None) -> Path:
     """Build the chat dataset of kept traces into `directory`, under the same gates as the asset.
 
+    Args:
+        filtered: the filter's output directory, whose funnel the dataset card tells.
+
     Raises:
+        PipelineError: there are no traces, or one is over the budget and that is to fail.
         GateError: a gate does not hold; nothing is written.
     """
-    from triton_sft_pipeline.chat.dataset import build_dataset, write_dataset
-    from triton_sft_pipeline.chat.quality import dataset_faults
-    from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter
+    from triton_sft_pipeline.chat.make import make_dataset
     from triton_sft_pipeline.config import held_out_fingerprints
     from triton_sft_pipeline.progress import progress_bar
 
-    if not kept:
-        raise PipelineError("there are no filtered traces to build a dataset of; `triton-sft filter` says why.")
-    counter = token_counter(load_tokenizer(config.model.base_model, config.model.revision))
     with progress_bar("counting tokens") as progress:
-        dataset = build_dataset(
+        made = make_dataset(
             kept,
-            counter,
-            max_tokens=config.training.max_length,
-            test_size=config.dataset.test_size,
-            over_budget=config.dataset.over_budget,
+            directory,
+            config.dataset,
+            base_model=config.model.base_model,
+            revision=config.model.revision,
+            max_length=config.training.max_length,
+            held_out=held_out_fingerprints(config),
+            filtered=filtered,
             progress=progress,
         )
-    for left_out in dataset.over_budget:
+    for left_out in made.over_budget:
         print(f"left out {left_out.sample_key}: {left_out.detail}")
-    faults = dataset_faults(dataset, config.training.max_length, held_out_fingerprints(config))
-    failed = {name: fault for name, fault in faults.items() if fault}
-    if failed:
-        raise GateError(" ".join(f"{name}: {fault}" for name, fault in failed.items()), next(iter(failed)))
-    write_dataset(dataset, directory)
-    print(f"chat dataset  {len(dataset.split('train'))} train, {len(dataset.split('test'))} test  {directory}")
+    print(f"chat dataset  {len(made.split('train'))} train, {len(made.split('test'))} test  {directory}")
     return directory
 
 

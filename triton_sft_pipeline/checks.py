@@ -1,5 +1,6 @@
 """Checks that "Execute" on an asset's page runs again alone: they look at what is current and change nothing."""
 
+import heapq
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from triton_sft_pipeline.assets.plots import table_markdown
 from triton_sft_pipeline.config import Config
 from triton_sft_pipeline.files import hash_json
 from triton_sft_pipeline.resources import JudgeResource, StoreResource
-from triton_sft_pipeline.traces import Trace, read_kept
+from triton_sft_pipeline.traces import Trace, iterate_kept
 
 if TYPE_CHECKING:
     from triton_sft_pipeline.verification import KernelJudge, Verdict
@@ -35,8 +36,8 @@ def build_checks(active: Config) -> list[dg.AssetChecksDefinition]:
     ) -> dg.AssetCheckResult:
         sign_run(context)
         with told_plainly():
-            kept = read_kept(store.open().require("filtered_traces").path)
-            sample = sorted(kept, key=lambda t: hash_json(t.version))[:SAMPLE]
+            kept = iterate_kept(store.open().require("filtered_traces").path)
+            sample = heapq.nsmallest(SAMPLE, kept, key=lambda t: hash_json(t.version))
             with judge.open(active) as opened:
                 return labels_result(sample, _judge(sample, opened))
 

@@ -8,32 +8,23 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from triton_sft_pipeline.cli_dataset import dataset
+from triton_sft_pipeline.cli_options import PATH, configured
+from triton_sft_pipeline.cli_options import chosen_config as _config
 from triton_sft_pipeline.cli_training import merge
-from triton_sft_pipeline.config import Config, load_config, parse_overrides, storage_root, traces_location
+from triton_sft_pipeline.config import (
+    TRACES_SETTING,
+    load_config,
+    parse_overrides,
+    storage_root,
+    traces_location,
+)
 from triton_sft_pipeline.errors import PipelineError
-
-PATH = click.Path(path_type=Path)
-
-
-def configured(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The three options that choose a configuration."""
-    command = click.option(
-        "--set", "sets", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override one setting; may be repeated."
-    )(command)
-    command = click.option(
-        "--config", "config_file", type=PATH, help="YAML file of settings (default: TRITON_SFT_CONFIG)."
-    )(command)
-    return click.option("--preset", help="Preset to build on (default: TRITON_SFT_PRESET, else tiny).")(command)
-
-
-def _config(preset: str | None, config_file: Path | None, sets: tuple[str, ...]) -> Config:
-    return load_config(preset=preset, file=config_file, overrides=parse_overrides(sets))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -47,10 +38,12 @@ def cli() -> None:
                                               | train | evaluate | infer
                                               | merge
     Are these kernels any good?               triton-sft verify traces.json
+    What does the model learn from?           triton-sft dataset show 0
     """
 
 
 cli.add_command(merge)
+cli.add_command(dataset)
 
 
 @cli.command()
@@ -120,56 +113,44 @@ def filter_command(
     sets: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Keep the traces worth training on: INPUTS are files or folders.
+    """Keep the traces worth training on.
 
-    Without INPUTS: TRITON_SFT_TRACES, else the shipped sample. Writes filtered_traces.parquet, dropped.jsonl (each with
-    its first reason), quarantine.jsonl (what was no trace) and funnel.json.
+    INPUTS are files (.json, .jsonl, also .gz or .zst, or .parquet), folders, patterns or hf://owner/name; without any:
+    TRITON_SFT_TRACES, else the shipped sample. Writes filtered_traces.parquet, dropped.jsonl (each with its first
+    reason), quarantine.jsonl (what was no trace) and funnel.json.
+
+    The token budget belongs to the chat dataset. With --preset, what is over that preset's training.max_length is
+    dropped here already.
     """
-    from triton_sft_pipeline.config import held_out_fingerprints
-    from triton_sft_pipeline.traces import describe, filter_location, write_filtered
+    from triton_sft_pipeline.filtering import filter_with_progress
+    from triton_sft_pipeline.traces import write_filtered
 
     given = {f"filter.{name}": value for name, value in flags.items() if value is not None and value is not False}
     config = load_config(preset=preset, file=config_file, overrides={**parse_overrides(sets), **given})
     if not out and not dry_run:
         raise click.UsageError("Missing option '--out'.")
-    filtered = filter_location(list(inputs) or [traces_location()], config.filter, held_out_fingerprints(config))
-    _say(describe(filtered))
-    if out and not dry_run:
-        write_filtered(filtered, out)
-        _say(f"written to {out}")
-    if len(filtered.kept) < config.filter.min_traces:
-        losses = {"dropped.jsonl": filtered.dropped, "quarantine.jsonl": filtered.quarantined}
-        files = [str(out / name) for name, lost in losses.items() if lost] if out and not dry_run else []
+    destination = None if dry_run else out
+    filtered = filter_with_progress(
+        config,
+        list(inputs) or traces_location(),
+        token_budget=preset is not None,
+        workplace=_nearest_folder(destination) if destination else None,
+        origin=None if inputs else TRACES_SETTING,
+    )
+    if destination:
+        write_filtered(filtered, destination)
+        _say(f"written to {destination}")
+    if filtered.kept_count < config.filter.min_traces:
+        losses = {"dropped.jsonl": filtered.losses_dropped, "quarantine.jsonl": filtered.losses_quarantined}
+        files = [str(destination / name) for name, lost in losses.items() if lost.counts] if destination else []
         why = f" Why the rest was not: {' and '.join(files)}." if files else ""
         wanted = f"at least {config.filter.min_traces} are wanted"
-        _fail(f"min_traces: {len(filtered.kept)} traces are kept, {wanted}.{why}", 1)
+        _fail(f"min_traces: {filtered.kept_count} traces are kept, {wanted}.{why}", 1)
 
 
-@cli.group()
-def dataset() -> None:
-    """The chat dataset that training reads."""
-
-
-@dataset.command("build")
-@click.argument("filtered", required=False, type=PATH)
-@click.option("--out", required=True, type=PATH, help="Directory to write train.parquet and test.parquet to.")
-@configured
-def dataset_build(
-    filtered: Path | None, out: Path, preset: str | None, config_file: Path | None, sets: tuple[str, ...]
-) -> None:
-    """Build train.parquet and test.parquet from FILTERED.
-
-    FILTERED is a directory that `triton-sft filter` wrote; without it, the current filtered_traces. The token budget is
-    the preset's
-    training.max_length: a longer sample is dropped with a reason, never cut.
-    """
-    from triton_sft_pipeline.api import write_chat_dataset
-    from triton_sft_pipeline.storage import ArtifactStore
-    from triton_sft_pipeline.traces import read_kept
-
-    config = _config(preset, config_file, sets)
-    source = filtered or ArtifactStore(storage_root()).require("filtered_traces").path
-    write_chat_dataset(config, read_kept(source), out)
+def _nearest_folder(path: Path) -> Path:
+    """The closest folder above a path that is there: on the same disk, whatever is made of the path later."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
 @cli.command()

@@ -26,6 +26,7 @@ from triton_sft_pipeline.files import hash_json, sha256_file
 from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems, load_problems
 from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces.settings import FilterSettings
+from triton_sft_pipeline.traces.sources import is_remote
 from triton_sft_pipeline.training.merge import MergeSettings
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 from triton_sft_pipeline.verification import JUDGE_VERSION
@@ -33,11 +34,11 @@ from triton_sft_pipeline.verification import JUDGE_VERSION
 DEFAULT_PRESET = "tiny"
 
 STEP_VERSIONS = {
-    "filtered_traces": "1",
+    "filtered_traces": "2",
     "chat_dataset": "1",
-    "lora_adapter": "1",
+    "lora_adapter": "2",
     "merged_model": "1",
-    "evaluation_report": "1",
+    "evaluation_report": "2",
 }
 """Raised by whoever changes what a step makes out of the same input."""
 
@@ -135,10 +136,17 @@ def storage_root(environ: Mapping[str, str] = os.environ) -> Path:
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "storage"
 
 
-def traces_location(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the raw traces are: TRITON_SFT_TRACES, else the shipped sample."""
-    named = environ.get("TRITON_SFT_TRACES")
-    return Path(named).expanduser().absolute() if named else data_dir() / "reasoning_traces.json"
+TRACES_SETTING = "TRITON_SFT_TRACES"
+
+
+def traces_location(environ: Mapping[str, str] = os.environ) -> str | Path:
+    """Where the raw traces are: TRITON_SFT_TRACES, else the shipped sample. A dataset of the Hub, or several places, as
+    it was written (see `traces.sources.resolve`).
+    """
+    named = environ.get(TRACES_SETTING)
+    if not named:
+        return data_dir() / "reasoning_traces.json"
+    return named if is_remote(named) or os.pathsep in named else Path(named).expanduser().absolute()
 
 
 def held_out_problems(config: Config) -> list[Problem]:

@@ -17,17 +17,21 @@ def on_a_terminal() -> bool:
 
 
 @contextmanager
-def progress_bar(what: str, show: bool | None = None, resumes: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    what: str, show: bool | None = None, resumes: bool = False, unit: str = "it"
+) -> Iterator[Callable[[int, int], None]]:
     """A function to call with (done, total).
 
     Args:
         what: what is counted, shown before the bar.
+        unit: of the rate; "B" is shown in kB, MB and GB.
         show: None shows it when standard error is a terminal.
         resumes: the first call tells what earlier runs have done, before this one does anything: rate and time left go
             by this run alone.
     """
     hidden = not (on_a_terminal() if show is None else show)
-    with tqdm(desc=what, disable=hidden, dynamic_ncols=True, leave=False) as bar:
+    options = {"unit": unit, "unit_scale": unit == "B"}
+    with tqdm(desc=what, disable=hidden, dynamic_ncols=True, leave=False, **options) as bar:
         started = not resumes
 
         def update(done: int, total: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import dagster as dg
 
 from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG, SOURCE, observe_traces
-from triton_sft_pipeline.config import Config, code_versions, traces_location
+from triton_sft_pipeline.config import TRACES_SETTING, Config, code_versions, traces_location
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import atomic_write_bytes
 from triton_sft_pipeline.processes import process_is_alive
@@ -169,7 +169,7 @@ def _plan(
 ) -> Outcome:
     stale = stale_assets(instance, definitions, config, store)
     current = store.current("filtered_traces")
-    if current and current.inputs.get(SOURCE) != hash_location(traces_location()):
+    if current and current.inputs.get(SOURCE) != hash_location(traces_location(), TRACES_SETTING):
         stale.setdefault("filtered_traces", "the traces changed since they were filtered")
     if not stale:
         say("Nothing is stale.")

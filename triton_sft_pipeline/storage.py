@@ -3,6 +3,7 @@
     storage/<asset key>/<hash of all its content>/   built under a temporary name, renamed into place once, never edited
     storage/<asset key>/current                      a symlink, replaced atomically
     storage/<asset key>/.work/<fingerprint>/         checkpoints: what lets a killed step go on
+    storage/.cache/                                  what can be worked out again, and may be removed at any time
 
 Every artifact holds `artifact.json`: its data version, the configuration that made it and the versions of what it was
 made from. Steps find their inputs through `current` alone, so that they run the same from Dagster, the command line and

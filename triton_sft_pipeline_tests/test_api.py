@@ -118,7 +118,7 @@ def test_the_defaults_split_off_a_tenth() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (record(2, triton_code=None), r"trace 1: triton_code is missing\. Filter the traces first"),
+        (record(2, triton_code=None), r"trace 1 \(sample_2\): triton_code is missing\. Filter the traces first"),
         (
             record(2, model_reasoning="", thinking=None),
             r"trace 1 \(sample_2\): no model_reasoning, reasoning or thinking",

@@ -74,6 +74,8 @@ COMMANDS = [
     ["filter"],
     ["dataset"],
     ["dataset", "build"],
+    ["dataset", "show"],
+    ["dataset", "push"],
     ["train"],
     ["verify"],
     ["evaluate"],
@@ -238,10 +240,10 @@ def test_an_output_that_is_a_file_is_named(run: Run, traces: Path) -> None:
 
 
 def test_an_interruption_exits_130(run: Run, traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("triton_sft_pipeline.traces.filter_location", interrupted)
+    monkeypatch.setattr("triton_sft_pipeline.filtering.filter_location", interrupted)
     done = run("filter", traces, "--out", "out")
     assert done.code == 130 and "interrupted; what was finished is kept." in done.err
 
@@ -249,10 +251,10 @@ def test_an_interruption_exits_130(run: Run, traces: Path, monkeypatch: pytest.M
 def test_a_bug_names_itself_and_shows_its_trace_when_asked(
     run: Run, traces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("triton_sft_pipeline.traces.filter_location", broken)
+    monkeypatch.setattr("triton_sft_pipeline.filtering.filter_location", broken)
     done = run("filter", traces, "--out", "out")
     assert (
         done.code == 1
@@ -262,32 +264,6 @@ def test_a_bug_names_itself_and_shows_its_trace_when_asked(
     monkeypatch.setenv("TRITON_SFT_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         run("filter", traces, "--out", "out")
-
-
-def test_a_dataset_is_built_from_a_filtered_directory(run: Run, traces: Path, tmp_path: Path) -> None:
-    from triton_sft_pipeline_tests.evaluation.models import byte_tokenizer
-
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    options = ["--set", f"model.base_model={tmp_path / 'base'}", "--set", "training.max_length=4096"]
-    assert run("filter", traces, "--out", "filtered").code == 0
-    done = run("dataset", "build", "filtered", "--out", "data", *options)
-    assert done.code == 0 and "11 train, 1 test" in done.out
-    assert sorted(p.name for p in Path("data").iterdir()) == ["dropped.jsonl", "test.parquet", "train.parquet"]
-    done = run("dataset", "build", "filtered", "--out", "small", *options, "--set", "training.max_length=64")
-    assert done.code == 1 and "the train split is empty" in one_message(done) and not Path("small").exists()
-    done = run(
-        "dataset",
-        "build",
-        "filtered",
-        "--out",
-        "small",
-        *options,
-        "--set",
-        "training.max_length=64",
-        "--set",
-        "dataset.over_budget=fail",
-    )
-    assert done.code == 2 and "Raise training.max_length" in one_message(done) and not Path("small").exists()
 
 
 class WordJudge:

@@ -356,6 +356,11 @@ def test_storage_and_traces_are_where_the_environment_says(house: Path) -> None:
     assert traces_location({}) == house / "data" / "reasoning_traces.json"
 
 
+@pytest.mark.parametrize("named", ["hf://owner/name@main/traces", "a.json:b/*.jsonl", "hf://owner/name:local.json"])
+def test_a_dataset_of_the_hub_and_several_places_stay_as_they_were_written(named: str) -> None:
+    assert traces_location({"TRITON_SFT_TRACES": named}) == named
+
+
 def test_every_preset_that_ships_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "_PACKAGE", Path(config_module.__file__).parent)
     assert "tiny" in preset_names()

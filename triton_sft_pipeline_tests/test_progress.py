@@ -42,6 +42,13 @@ def test_a_bar_that_resumes_nothing_counts_from_its_first_call(bars: list[Any]) 
         assert (bars[0].n, bars[0].total, bars[0].initial) == (2, 4, 0)
 
 
+def test_bytes_are_shown_in_megabytes_with_rate_and_time_left(bars: list[Any]) -> None:
+    with progress.progress_bar("reading", show=True, unit="B") as update:
+        update(250_000_000, 500_000_000)
+        drawn = bars[0].format_meter(**{**bars[0].format_dict, "elapsed": 1.0, "rate": None, "ncols": None})
+    assert "250M/500M [00:01<00:01, 250MB/s]" in drawn
+
+
 def test_a_hidden_bar_takes_every_call(capsys: pytest.CaptureFixture[str]) -> None:
     for resumes in (True, False):
         with progress.progress_bar("kernels", show=False, resumes=resumes) as update:

@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from triton_sft_pipeline.config import Config, load_config, traces_location
+from triton_sft_pipeline.config import TRACES_SETTING, Config, load_config, traces_location
 from triton_sft_pipeline.processes import process_stamp
 from triton_sft_pipeline.traces import hash_location
-from triton_sft_pipeline.traces.reader import trace_files
+from triton_sft_pipeline.traces.sources import resolve
 
 GROUP = "triton_sft"
 """One group for all: the lineage page shows the nodes of one group at once and folds several."""
@@ -29,13 +29,13 @@ def observe_traces() -> tuple[str, dict[str, Any]]:
         PipelineError: nothing can be read there.
     """
     location = traces_location()
-    files = trace_files(location)
+    files = resolve(location, TRACES_SETTING)
     metadata = {
         "location": dg.MetadataValue.path(str(location)),
         "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(file.path.stat().st_size for file in files),
     }
-    return hash_location(location), metadata
+    return hash_location(location, TRACES_SETTING), metadata
 
 
 class TrialConfig(dg.Config):

@@ -1,4 +1,4 @@
-"""`chat_dataset`: the kept traces as prompt and completion, split by problem, within the token budget."""
+"""`chat_dataset`: the kept traces as conversations, split by problem, within the token budget."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +9,7 @@ from triton_sft_pipeline.assets.common import GROUP, TrialConfig, settings_for, 
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly
 from triton_sft_pipeline.assets.plots import histogram_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
+from triton_sft_pipeline.chat.card import CARD_FILE, about
 from triton_sft_pipeline.chat.dataset import ChatDataset, build_dataset, write_dataset
 from triton_sft_pipeline.chat.prompt import parse_answer, pytorch_code_of
 from triton_sft_pipeline.chat.quality import dataset_faults
@@ -22,7 +23,8 @@ KEY = "chat_dataset"
 PARENT = "filtered_traces"
 
 GATES = {
-    "format": "Every row is one user turn and one assistant turn that holds a reasoning and a kernel in their tags.",
+    "format": "Every row is one user turn and one assistant turn (of a repair conversation several, in turns), and the "
+    "last holds a reasoning and a kernel in their tags.",
     "token_budget": "No row is over `training.max_length` tokens, and the train split is not empty. "
     "Nothing is ever cut.",
     "no_overlap": "No problem stands in two of train, test and the held-out problems.",
@@ -41,8 +43,9 @@ def build_dataset_asset(active: Config) -> Any:
         code_version=code_versions(active)[KEY],
         automation_condition=when_stale(),
         check_specs=gate_specs(KEY, GATES),
-        description="train.parquet and test.parquet in the field's conversational form (prompt, completion), with "
-        "lineage and token counts. All traces of one problem are on one side of the split.",
+        description="train.parquet and test.parquet in the field's conversational form (prompt, completion; messages "
+        "where `dataset.form` says so), with lineage, token counts and a dataset card. All traces of one problem are "
+        "on one side of the split.",
     )
     def chat_dataset(context: dg.AssetExecutionContext, config: TrialConfig, store: StoreResource) -> Iterator[Any]:
         sign_run(context)
@@ -57,13 +60,15 @@ def build_dataset_asset(active: Config) -> Any:
                 max_tokens=budget,
                 test_size=settings.dataset.test_size,
                 over_budget=settings.dataset.over_budget,
+                multi_turn=settings.dataset.multi_turn,
             )
             for left_out in dataset.over_budget:
                 context.log.warning(
                     "%s, record %d (%s): %s", left_out.file, left_out.position, left_out.sample_key, left_out.detail
                 )
             with store.open().building(KEY) as draft:
-                write_dataset(dataset, draft.path)
+                told = about(settings.model.base_model, budget, settings.dataset.license, parent.path)
+                write_dataset(dataset, draft.path, settings.dataset.form, told)
                 yield from enforce(KEY, gates(dataset, budget, held_out_fingerprints(settings)))
                 artifact = draft.promote(
                     dataset.data_version,
@@ -77,7 +82,7 @@ def build_dataset_asset(active: Config) -> Any:
                 )
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
-            metadata=_metadata(dataset, budget, artifact),
+            metadata=_metadata(dataset, settings.dataset.form, budget, artifact),
         )
 
     return chat_dataset
@@ -104,7 +109,7 @@ def gates(dataset: ChatDataset, budget: int, held_out: dict[str, str]) -> list[G
     ]
 
 
-def _metadata(dataset: ChatDataset, budget: int, artifact: Artifact) -> dict[str, Any]:
+def _metadata(dataset: ChatDataset, form: str, budget: int, artifact: Artifact) -> dict[str, Any]:
     tokens = {name: [e.tokens for e in dataset.split(name)] for name in ("train", "test")}
     every = sorted(tokens["train"] + tokens["test"])
     split = table_markdown(
@@ -114,12 +119,14 @@ def _metadata(dataset: ChatDataset, budget: int, artifact: Artifact) -> dict[str
     return {
         "dagster/row_count": len(dataset.examples),
         **counts(dataset),
+        "form": form,
         "tokens_median": every[len(every) // 2],
         "tokens_max": every[-1],
         "tokens_total": sum(every),
         "splits": dg.MetadataValue.md(split),
         "token_lengths": dg.MetadataValue.md(histogram_markdown(tokens, "Tokens a sample", budget)),
         "path": dg.MetadataValue.path(str(artifact.path)),
+        "card": dg.MetadataValue.path(str(artifact.path / CARD_FILE)),
         "sample": dg.MetadataValue.md(_sample(dataset)),
     }
 

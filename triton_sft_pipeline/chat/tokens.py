@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from triton_sft_pipeline.chat.dataset import CountTokens, Messages
+from triton_sft_pipeline.chat.conversation import Messages
+from triton_sft_pipeline.chat.dataset import CountTokens, NotContinued
 from triton_sft_pipeline.errors import PipelineError
 
 
@@ -34,15 +35,15 @@ def token_counter(tokenizer: Any) -> CountTokens:
     """A function that counts the tokens of (prompt, completion) under this tokenizer's template.
 
     Raises (when called):
-        PipelineError: the template drops the reasoning, or the prompt is no prefix of the whole, so that a loss mask
-            would be wrong.
+        NotContinued: the prompt is no prefix of the whole, so that a loss mask would be wrong.
+        PipelineError: the template drops the reasoning.
     """
 
     def count(prompt: Messages, completion: Messages) -> tuple[int, int]:
         head = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
         if not whole.startswith(head):
-            raise PipelineError(
+            raise NotContinued(
                 "the chat template does not continue its own generation prompt; completion-only loss would be wrong."
             )
         answer = completion[0]["content"]
@@ -50,7 +51,7 @@ def token_counter(tokenizer: Any) -> CountTokens:
             raise PipelineError(
                 "the chat template drops part of the answer (its <think> block?): the model would not learn it."
             )
-        ids = tokenizer([head, whole], add_special_tokens=False)["input_ids"]
+        ids = tokenizer([head, whole], add_special_tokens=False, verbose=False)["input_ids"]
         return len(ids[0]), len(ids[1])
 
     return count

@@ -1,120 +1,177 @@
-"""Reading trace files: a JSON array or JSON Lines, record by record, each with its place and its raw text.
+"""Reading trace files: JSON arrays, JSON Lines and Parquet, record by record, each with its place and its raw text.
 
-A file that breaks off gives every whole record before the break and says where it broke. Knows nothing of what a record
-should hold.
+A file that breaks off gives every whole record before the break and says where it broke. Memory is bounded by one
+record, never by a file. Knows nothing of what a record should hold.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.files import hash_json, sha256_bytes
-from triton_sft_pipeline.traces.record import Malformed, RawRecord
+from triton_sft_pipeline.files import hash_json
+from triton_sft_pipeline.traces.arrays import array_records
+from triton_sft_pipeline.traces.items import Break as Break
+from triton_sft_pipeline.traces.items import Item
+from triton_sft_pipeline.traces.lines import line_records
+from triton_sft_pipeline.traces.parquet import parquet_records
+from triton_sft_pipeline.traces.sources import SourceFile, resolve
+from triton_sft_pipeline.traces.streams import ByteSource, Window
+from triton_sft_pipeline.traces.values import BOM
 
-SUFFIXES = (".json", ".jsonl")
-_SPACE = " \t\r\n"
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+Progress = Callable[[int, int], None]
 
-
-@dataclass(frozen=True)
-class Break:
-    """Where a file stopped being readable: everything before is kept, nothing after.
-
-    Attributes:
-        byte: offset of the first byte that could not be read as part of a whole record.
-        position: index that the broken record would have had.
-    """
-
-    file: str
-    byte: int
-    position: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: breaks off at byte {self.byte:,}, in record {self.position}: {self.reason}"
+_NOT_SPACE = re.compile(rb"[^ \t\r\n]")
+# A file that was written to this recently may be written to again without its time of change showing it.
+_SETTLED_S = 2.0
+_hashes: dict[tuple[str, int, int, int], str] = {}
 
 
-@dataclass(frozen=True)
 class TraceFile:
-    """A file that was read once, whole: its bytes' hash and its text.
+    """One file, read once and while its records are asked for.
 
     Attributes:
-        is_utf8: whether all of it is. A byte that is not stands in `text` as half of a surrogate pair (PEP 383), so
-            that only its own record is lost.
+        path: what its records carry as their file.
+        sha256: hash of its bytes, known after the last record: what is hashed is what was parsed.
     """
 
-    path: str
-    sha256: str
-    text: str
-    is_utf8: bool
+    def __init__(self, file: SourceFile, progress: Callable[[int], None] | None = None) -> None:
+        self.path = file.name
+        self._file = file
+        self._progress = progress
+        self._sha256: str | None = None
 
-    def records(self) -> Iterator[RawRecord | Malformed | Break]:
-        """Every record in order; a `Break`, when there is one, comes last."""
-        if self.path.lower().endswith(".jsonl"):
-            yield from _lines(self)
+    @property
+    def sha256(self) -> str:
+        if self._sha256 is None:
+            for _ in self.records():
+                pass
+        assert self._sha256 is not None
+        return self._sha256
+
+    def records(self) -> Iterator[Item]:
+        """Every record in order; a `Break`, when there is one, comes last.
+
+        Raises:
+            PipelineError: the file cannot be read, is empty, or is not of the format that its name says.
+        """
+        if self._file.path.name.lower().endswith(".parquet"):
+            yield from self._rows()
         else:
-            yield from _array(self)
+            yield from self._text()
+
+    def _text(self) -> Iterator[Item]:
+        source = ByteSource(self._file.path, self._progress)
+        blocks = source.blocks()
+        window = Window(blocks)
+        read = line_records if _is_lines(self._file.path) else array_records
+        _check_beginning(self.path, window, arrays=read is array_records, source=source)
+        last: Item | None = None
+        for last in read(self.path, window):
+            if isinstance(last, Break):
+                break
+            yield last
+        # Nothing more can be made of the rest, but it belongs to what is hashed.
+        rest = sum(len(block) for block in blocks)
+        if isinstance(last, Break):
+            yield last if source.cut is None else replace(last, reason=f"{source.cut}: {last.reason}")
+        elif source.cut is not None:
+            yield Break(self.path, window.end + rest, last.position + 1 if last else 0, source.cut)
+        self._sha256 = source.sha256
+
+    def _rows(self) -> Iterator[Item]:
+        path = self._file.path
+        try:
+            with open(path, "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                stream.seek(0)
+                if not size:
+                    raise PipelineError(f"{self.path}: the file is empty; expected Parquet.")
+                yield from parquet_records(self.path, stream, lambda share: self._report(int(share * size)))
+        except OSError as error:
+            raise PipelineError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
+        self._sha256 = digest
+
+    def _report(self, done: int) -> None:
+        if self._progress:
+            self._progress(done)
 
 
-def trace_files(location: Path) -> list[Path]:
-    """The files that `location` names: itself, or the .json and .jsonl files of a folder, by name. Hidden files are
-    somebody's temporary ones.
+class Reading:
+    """The records of several files, in order, read once and while they are asked for.
 
-    Raises:
-        PipelineError: nothing is there, or a folder holds no such file.
+    Iterate over it once. Of each file a `Break`, when there is one, comes last; the files after it are read all the
+    same.
+
+    Attributes:
+        files: what is read.
+        hashes: (file name, SHA-256 of the file's bytes) of every file that was read to its end so far.
     """
-    location = Path(location)
-    try:
-        location.stat()
-        if not location.is_dir():
-            return [location]
-        files = sorted(
-            p for p in location.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-        )
-    except FileNotFoundError as error:
-        raise PipelineError(
-            f"{location}: no such file or folder. "
-            "Set TRITON_SFT_TRACES to a .json or .jsonl file of traces, or to a folder of them."
-        ) from error
-    except OSError as error:
-        raise PipelineError(f"{location}: cannot be read ({error.strerror}).") from error
-    if not files:
-        raise PipelineError(f"{location}: the folder holds no .json or .jsonl file.")
-    return files
+
+    def __init__(self, files: Sequence[SourceFile], progress: Progress | None = None) -> None:
+        self.files = list(files)
+        self.hashes: list[tuple[str, str]] = []
+        self._progress = progress
+
+    @property
+    def source_hash(self) -> str:
+        """The hash of all that was read, as `hash_location` tells it: known after the last record."""
+        return hash_sources(self.hashes)
+
+    def __iter__(self) -> Iterator[Item]:
+        sizes = [_size(file.path) for file in self.files]
+        total, before = sum(sizes), 0
+        for file, size in zip(self.files, sizes, strict=True):
+            opened = TraceFile(file, self._told(before, total))
+            yield from opened.records()
+            self.hashes.append((file.path.name, opened.sha256))
+            before += size
+
+    def _told(self, before: int, total: int) -> Callable[[int], None] | None:
+        progress = self._progress
+        if progress is None:
+            return None
+        return lambda done: progress(before + done, max(total, before + done))
+
+
+def open_traces(files: Sequence[SourceFile], progress: Progress | None = None) -> Reading:
+    """The records of `files` (see `sources.resolve`), parsed as they are iterated over.
+
+    Args:
+        progress: called with (bytes read, bytes in all), in bytes of the files as they lie on the disk.
+
+    Raises, while iterating:
+        PipelineError: a file cannot be read, is empty, or is not of the format that its name says.
+    """
+    return Reading(files, progress)
 
 
 def open_trace_file(path: Path) -> TraceFile:
-    """Read a file once; what is hashed is what is parsed.
+    """A single file; see `open_traces`."""
+    return TraceFile(SourceFile(Path(path), str(path)))
+
+
+def trace_files(location: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The local paths of the files that `location` names; see `sources.resolve`."""
+    return [file.path for file in resolve(location, origin="TRITON_SFT_TRACES")]
+
+
+def hash_location(location: str | Path | Sequence[str | Path], origin: str | None = None) -> str:
+    """Hash of the content that `location` names: the observed version of `reasoning_traces`. Names of files count,
+    their place does not. Of a file that has not changed since this process last hashed it the hash is remembered.
 
     Raises:
-        PipelineError: it cannot be read, is empty, or does not begin as a JSON array or as JSON Lines.
+        PipelineError: see `sources.resolve`, or a file cannot be read.
     """
-    data = _read(path)
-    if not data.strip():
-        raise PipelineError(
-            f"{path}: the file is empty; expected a JSON array of traces, or JSON Lines in a .jsonl file."
-        )
-    text, is_utf8 = _decode(data)
-    if not str(path).lower().endswith(".jsonl") and not text.removeprefix("\ufeff").lstrip(_SPACE).startswith("["):
-        start = text.lstrip(_SPACE)[:40]
-        raise PipelineError(
-            f"{path}: not a JSON array; it begins with {start!r}. "
-            "Expected `[{...}, ...]`; JSON Lines must be named .jsonl."
-        )
-    return TraceFile(str(path), sha256_bytes(data), text, is_utf8)
-
-
-def hash_location(location: Path) -> str:
-    """Hash of the content that `location` names: the observed version of `reasoning_traces`. Names of files count,
-    their place does not.
-    """
-    return hash_sources([(path.name, sha256_bytes(_read(path))) for path in trace_files(location)])
+    return hash_sources([(file.path.name, _hash_file(file.path)) for file in resolve(location, origin)])
 
 
 def hash_sources(hashes: list[tuple[str, str]]) -> str:
@@ -122,128 +179,52 @@ def hash_sources(hashes: list[tuple[str, str]]) -> str:
     return hashes[0][1] if len(hashes) == 1 else hash_json(sorted(hashes))
 
 
-def _read(path: Path) -> bytes:
+def _hash_file(path: Path) -> str:
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as stream:
+            found = os.fstat(stream.fileno())
+            key = (str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+            if key in _hashes:
+                return _hashes[key]
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            settled = time.time() - found.st_mtime > _SETTLED_S and os.fstat(stream.fileno()).st_mtime_ns == key[3]
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read ({error.strerror}).") from error
+    if settled and stat.S_ISREG(found.st_mode):
+        _hashes[key] = digest
+    return digest
 
 
-def _decode(data: bytes) -> tuple[str, bool]:
+def _is_lines(path: Path) -> bool:
+    name = path.name.lower()
+    return name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
+
+
+def _check_beginning(name: str, window: Window, arrays: bool, source: ByteSource) -> None:
+    """Refuse a text that is empty or, where an array is expected, begins otherwise. Space at the beginning is left
+    where it is: it counts.
+    """
+    at = 0
+    while (found := _NOT_SPACE.search(window.data, at)) is None:
+        at = len(window.data)
+        if not window.advance(0):
+            cut = f" ({source.cut})" if source.cut else ""
+            raise PipelineError(
+                f"{name}: the file is empty{cut}; expected a JSON array of traces, or JSON Lines in a .jsonl file."
+            )
+    begin = found.start()
+    window.get(0, begin + 64)
+    text = window.data[begin:].removeprefix(BOM)
+    if arrays and not text.lstrip(b" \t\r\n").startswith(b"["):
+        start = window.data[begin : begin + 64].decode("utf-8", "surrogateescape")[:40]
+        raise PipelineError(
+            f"{name}: not a JSON array; it begins with {start!r}. "
+            "Expected `[{...}, ...]`; JSON Lines must be named .jsonl."
+        )
+
+
+def _size(path: Path) -> int:
     try:
-        return data.decode("utf-8"), True
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "surrogateescape"), False
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
-def _array(file: TraceFile) -> Iterator[RawRecord | Malformed | Break]:
-    """Records of a JSON array by the standard library's decoder, one value at a time, so that the text of each is
-    known.
-    """
-    text, decoder = file.text, json.JSONDecoder(parse_int=_integer)
-    index = _skip(text, 1 if text.startswith("\ufeff") else 0) + 1
-    counted, byte = 0, 0
-
-    def byte_of(character: int) -> int:
-        nonlocal counted, byte
-        byte += len(_bytes(text[counted:character]))
-        counted = character
-        return byte
-
-    position = 0
-    index = _skip(text, index)
-    while index < len(text):
-        if text[index] == "]":
-            rest = _skip(text, index + 1)
-            if rest < len(text):
-                yield Break(file.path, byte_of(rest), position, "there is text after the end of the array")
-            return
-        start = byte_of(index)
-        value, end, reason = _decode_value(decoder, text, index)
-        if reason:
-            yield Break(file.path, start, position, reason)
-            return
-        following = _skip(text, end)
-        if following >= len(text) and not _self_delimiting(text[end - 1]):
-            # `[1, 23` may be a cut-off `[1, 234`: only a bracket or a quote proves that the last value is whole.
-            yield Break(file.path, start, position, "the file ends inside a value")
-            return
-        yield _record(file, position, start, value, text[index:end])
-        position += 1
-        if following < len(text) and text[following] == ",":
-            index = _skip(text, following + 1)
-        elif following < len(text) and text[following] != "]":
-            yield Break(file.path, byte_of(following), position, f"expected ',' or ']', found {text[following]!r}")
-            return
-        else:
-            index = following
-    yield Break(file.path, byte_of(len(text)), position, "the file ends before the array does")
-
-
-def _record(file: TraceFile, position: int, byte: int, value: Any, raw: str) -> RawRecord | Malformed:
-    bad = None if file.is_utf8 else _NOT_UTF8.search(raw)
-    if bad is None:
-        return RawRecord(file.path, position, byte, value, raw)
-    place = byte + len(_bytes(raw[: bad.start()]))
-    return Malformed(file.path, position, byte, "not_utf8", f"byte {place:,} of the file is not UTF-8", _storable(raw))
-
-
-def _decode_value(decoder: json.JSONDecoder, text: str, index: int) -> tuple[Any, int, str]:
-    try:
-        value, end = decoder.raw_decode(text, index)
-    except json.JSONDecodeError as error:
-        return None, index, f"{error.msg} at line {error.lineno}, column {error.colno}"
-    except ValueError as error:
-        return None, index, str(error)
-    except RecursionError:
-        return None, index, "nested too deeply"
-    return value, end, ""
-
-
-def _lines(file: TraceFile) -> Iterator[RawRecord | Malformed | Break]:
-    """Records of JSON Lines. A bad line in the middle is one malformed record; a bad last line without its newline is a
-    break.
-    """
-    decoder, byte, position = json.JSONDecoder(parse_int=_integer), 0, 0
-    lines = file.text.split("\n")
-    for number, line in enumerate(lines):
-        start, byte = byte, byte + len(_bytes(line)) + 1
-        content = line.strip("\ufeff" + _SPACE)
-        if not content:
-            continue
-        value, end, reason = _decode_value(decoder, content, 0)
-        if not reason and end != len(content):
-            reason = "there is text after the object"
-        if not reason:
-            yield _record(file, position, start, value, content)
-        elif number == len(lines) - 1:
-            yield Break(file.path, start, position, reason)
-        else:
-            yield Malformed(file.path, position, start, "not_json", f"line {number + 1}: {reason}", _storable(content))
-        position += 1
-
-
-def _storable(raw: str) -> str:
-    """Raw text with every byte that is not UTF-8 as \\xNN: the quarantine is a UTF-8 file."""
-    return _bytes(raw).decode("utf-8", "backslashreplace")
-
-
-def _integer(digits: str) -> int | float:
-    """Python refuses to convert more than 4,300 digits. As a float such a number is infinite, and its field is refused
-    like any other bad value.
-    """
-    return int(digits) if len(digits) <= 4300 else float(digits)
-
-
-def _skip(text: str, index: int) -> int:
-    while index < len(text) and text[index] in _SPACE:
-        index += 1
-    return index
-
-
-def _self_delimiting(last: str) -> bool:
-    return last in '}]"'
+        return path.stat().st_size
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror}).") from error

@@ -1,21 +1,33 @@
 """What a trace is: the canonical record, and how a raw JSON record becomes one or is refused with a reason.
 
-A missing result is no malformation (real files hold traces that were never judged); a value of the wrong type is.
+A missing kernel or result is no malformation (real files hold attempts that failed or were never judged); a value of
+the wrong type is.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from triton_sft_pipeline.files import hash_json
+from triton_sft_pipeline.files import hash_json, sha256_bytes
 from triton_sft_pipeline.problems import fingerprint
-
-REASONING_FIELDS = ("model_reasoning", "reasoning", "thinking")
-"""Where the reasoning is looked for, best first: the model's own chain of thought before the explanation inside its
-answer.
-"""
+from triton_sft_pipeline.traces.reasoning import kernel_of, reasoning_of
+from triton_sft_pipeline.traces.schemas import (
+    LONGEST_CODE,
+    REASONING_FIELDS,
+    Attempt,
+    Wrong,
+    attempts,
+    integer,
+    is_conversation,
+    kind,
+    single_attempt,
+    storable,
+    text,
+)
+from triton_sft_pipeline.traces.turns import best_attempt, conversation_to
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,14 @@ class Malformed:
     raw: str
 
 
+# Modules up to this many characters are remembered with their fingerprints.
+_SHORT = 16_384
+# Where it stood, and what was read of the measurement beside the labels only later: not what a trace is.
+_BESIDE = ("file", "position", "kernel_field", "launch_bound", "speedup_low")
+# Fields that older traces do not have.
+_ADDED = ("turn", "num_turns", "messages")
+
+
 @dataclass(frozen=True)
 class Trace:
     """A canonical record. None stands for what the file did not say.
@@ -59,6 +79,12 @@ class Trace:
         problem: fingerprint of the PyTorch module (see `problems.fingerprint`): what split and decontamination go by.
         speedup: reference time / kernel time, as labelled.
         file, position: where it stood when it was read.
+        kernel_field: where the code was found: "triton_code", "final_triton_code", "turn 2", "completion <triton>" or
+            "completion fence"; None when there is none, and then `triton_code` is empty.
+        turn, num_turns: of a conversation, the turn (from 1) that the trace was made of, and how many there were.
+        messages: the conversation up to that turn's answer, as JSON: [{"role", "content"}, ...]; see `conversation`.
+        launch_bound: the reference is so short that launching it outweighs what it computes.
+        speedup_low: lower end of the speedup's confidence interval.
     """
 
     sample_key: str
@@ -81,69 +107,106 @@ class Trace:
     problem: str
     file: str
     position: int
+    kernel_field: str | None = None
+    turn: int | None = None
+    num_turns: int | None = None
+    messages: str | None = None
+    launch_bound: bool | None = None
+    speedup_low: float | None = None
 
     @property
     def version(self) -> str:
-        """Hash of all that was said, not of where it stood: a record inserted above it in the file changes nothing."""
-        content = asdict(self)
-        del content["file"], content["position"]
+        """Hash of all that was said, not of where it stood: a record inserted above it in the file changes nothing.
+
+        A trace keeps its version when fields are added to this class: a new one counts only where it says something.
+        """
+        content = {k: v for k, v in vars(self).items() if k not in _BESIDE and not (k in _ADDED and v is None)}
         return hash_json(content)
 
-
-class _Wrong(Exception):
-    """A field that keeps a record from being a trace: reason (a word for the funnel) and detail (a sentence)."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+    @property
+    def conversation(self) -> list[dict[str, str]] | None:
+        """The messages from the first to the best turn's answer; None when it was no conversation."""
+        found: list[dict[str, str]] | None = json.loads(self.messages) if self.messages else None
+        return found
 
 
-def parse_record(record: RawRecord) -> Trace | Malformed:
-    """The canonical trace of a raw record, or why there is none."""
+def parse_record(record: RawRecord, problem: str | None = None) -> Trace | Malformed:
+    """The canonical trace of a raw record, or why there is none. A missing kernel, reasoning or result is no
+    malformation: those are for the filter to judge.
+
+    Args:
+        problem: the fingerprint of its module when it is known already.
+    """
     try:
-        return _parse(record)
-    except _Wrong as wrong:
+        return _parse(record, problem)
+    except Wrong as wrong:
         return Malformed(record.file, record.position, record.byte, wrong.reason, str(wrong), record.raw)
 
 
-def reasoning_of(record: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The reasoning of a raw record and the field it stood in: model_reasoning, else reasoning, else thinking."""
-    for field in REASONING_FIELDS:
-        value = record.get(field)
-        if isinstance(value, str) and value.strip():
-            return value, field
-    return None, None
-
-
-def _parse(record: RawRecord) -> Trace:
+def _parse(record: RawRecord, problem: str | None) -> Trace:
     value = record.value
     if not isinstance(value, dict):
-        raise _Wrong("not_an_object", f"the record is {_kind(value)}, expected an object")
-    code = _text(value, "pytorch_code", required=True)
-    kernel = _text(value, "triton_code", required=True)
+        raise Wrong("not_an_object", f"the record is {kind(value)}, expected an object")
+    code = text(value, "pytorch_code", required=True) or ""
     for name in REASONING_FIELDS:
-        _text(value, name)
-    reasoning, field = reasoning_of(value)
-    result = value.get("result")
-    if result is not None and not isinstance(result, dict):
-        raise _Wrong("wrong_type", f"result is {_kind(result)}, expected an object or null")
+        text(value, name)
+    conversation = _conversation(value) if is_conversation(value) else _Conversation(single_attempt(value))
+    attempt, labels = conversation.best, conversation.best.labels
+    kernel, kernel_field = kernel_of(attempt)
+    reasoning, reasoning_field = reasoning_of(attempt.fields)
     return Trace(
-        sample_key=_text(value, "sample_key") or _unnamed(code or "", kernel or ""),
-        source=_text(value, "source"),
-        level=_integer(value, "level"),
-        name=_text(value, "name"),
-        problem_id=_integer(value, "problem_id"),
-        pytorch_code=code or "",
-        reasoning=reasoning,
-        reasoning_field=field,
-        triton_code=kernel or "",
-        has_result=result is not None,
-        timestamp=_text(value, "timestamp"),
-        problem=fingerprint(code or ""),
+        sample_key=text(value, "sample_key") or _unnamed(code, kernel),
+        source=text(value, "source"),
+        level=integer(value, "level"),
+        name=text(value, "name"),
+        problem_id=integer(value, "problem_id"),
+        pytorch_code=code,
+        reasoning=storable(reasoning, reasoning_field or "") if reasoning else None,
+        reasoning_field=reasoning_field,
+        triton_code=storable(kernel, kernel_field or ""),
+        has_result=labels.given,
+        correctness=labels.correctness,
+        fast_0=labels.fast_0,
+        fast_1=labels.fast_1,
+        fast_2=labels.fast_2,
+        speedup=labels.speedup,
+        error=labels.error,
+        timestamp=text(value, "timestamp"),
+        problem=problem or _problem_of(code),
         file=record.file,
         position=record.position,
-        **_labels(result),
+        kernel_field=kernel_field,
+        turn=attempt.turn,
+        num_turns=conversation.num_turns,
+        messages=conversation.messages,
+        launch_bound=labels.launch_bound,
+        speedup_low=labels.speedup_low,
     )
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    best: Attempt
+    num_turns: int | None = None
+    messages: str | None = None
+
+
+def _conversation(value: dict[str, Any]) -> _Conversation:
+    declared = integer(value, "num_turns")
+    best = best_attempt(attempts(value))
+    num_turns = len(value.get("turns") or []) or declared
+    said = conversation_to(value, best.turn) if best.turn else None
+    return _Conversation(best, num_turns, json.dumps(said, ensure_ascii=False) if said else None)
+
+
+def _problem_of(code: str) -> str:
+    """Traces of one problem often stand together, and a fingerprint costs more than all the rest of a record."""
+    if len(code) > LONGEST_CODE:
+        return sha256_bytes(code.encode())
+    return _remembered(code) if len(code) <= _SHORT else fingerprint(code)
+
+
+_remembered = lru_cache(maxsize=2048)(fingerprint)
 
 
 def _unnamed(code: str, kernel: str) -> str:
@@ -151,78 +214,3 @@ def _unnamed(code: str, kernel: str) -> str:
     version.
     """
     return f"unnamed_{hash_json([code, kernel])[:12]}"
-
-
-def _labels(result: dict[str, Any] | None) -> dict[str, Any]:
-    if result is None:
-        return dict.fromkeys(("correctness", "fast_0", "fast_1", "fast_2", "speedup", "error"))
-    correctness = _flag(result, "correctness")
-    if correctness is None:
-        raise _Wrong("missing_field", "result.correctness is missing")
-    speedup = _number(result, "speedup")
-    fast_0, fast_1, fast_2 = (_flag(result, name) for name in ("fast_0", "fast_1", "fast_2"))
-    return {
-        "correctness": correctness,
-        # Older results carry no flags. What they mean is fixed: fast_0 is correctness, fast_1 a speedup above 1, fast_2
-        # one of at least 2.
-        "fast_0": correctness if fast_0 is None else fast_0,
-        "fast_1": (correctness and (speedup or 0) > 1.0) if fast_1 is None else fast_1,
-        "fast_2": (correctness and (speedup or 0) >= 2.0) if fast_2 is None else fast_2,
-        "speedup": speedup,
-        "error": _text(result, "error", prefix="result."),
-    }
-
-
-def _text(value: dict[str, Any], name: str, required: bool = False, prefix: str = "") -> str | None:
-    found = value.get(name)
-    if found is None:
-        if required:
-            raise _Wrong("missing_field", f"{prefix}{name} is missing")
-        return None
-    if not isinstance(found, str):
-        raise _Wrong("wrong_type", f"{prefix}{name} is {_kind(found)}, expected text")
-    if required and not found.strip():
-        raise _Wrong("missing_field", f"{prefix}{name} is empty")
-    try:
-        found.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Wrong("bad_text", f"{prefix}{name} holds half of a surrogate pair, which no file can store") from None
-    return found
-
-
-def _flag(value: dict[str, Any], name: str) -> bool | None:
-    found = value.get(name)
-    if found is None or isinstance(found, bool):
-        return found
-    raise _Wrong("wrong_type", f"result.{name} is {_kind(found)}, expected true or false")
-
-
-def _number(value: dict[str, Any], name: str) -> float | None:
-    found = value.get(name)
-    if found is None:
-        return None
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise _Wrong("wrong_type", f"result.{name} is {_kind(found)}, expected a number")
-    try:
-        number = float(found)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _Wrong("wrong_type", f"result.{name} is not a finite number")
-    return number
-
-
-def _integer(value: dict[str, Any], name: str) -> int | None:
-    found = value.get(name)
-    if found is None:
-        return None
-    if isinstance(found, bool) or not isinstance(found, int) or not -(2**63) <= found < 2**63:
-        raise _Wrong("wrong_type", f"{name} is {_kind(found)}, expected a 64-bit integer")
-    return found
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

@@ -15,7 +15,8 @@ from triton_sft_pipeline.training.trainer import OnLog, OnStep, TrainingRun, tra
 
 
 def read_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
-    """Rows of one split of a dataset directory: prompt, completion, and the sample_key that messages name them by.
+    """Rows of one split of a dataset directory: prompt and completion, or messages, and the sample_key that errors name
+    them by.
 
     Raises:
         PipelineError: the split's file is missing or is not such a file.
@@ -25,7 +26,8 @@ def read_rows(dataset: Path, split: str) -> list[dict[str, Any]]:
 
     path = Path(dataset) / f"{split}.parquet"
     try:
-        return pq.read_table(path, columns=["prompt", "completion", "sample_key"]).to_pylist()
+        spoken = ["messages"] if "messages" in pq.read_schema(path).names else ["prompt", "completion"]
+        return pq.read_table(path, columns=[*spoken, "sample_key"]).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise PipelineError(
             f"{path}: not readable as a chat dataset ({error}). Build it with `triton-sft dataset build`."

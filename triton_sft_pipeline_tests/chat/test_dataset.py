@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triton_sft_pipeline.chat.conversation import Messages
 from triton_sft_pipeline.chat.dataset import (
+    ChatDataset,
+    NotContinued,
     build_dataset,
     format_faults,
     overlaps,
@@ -20,7 +23,12 @@ from triton_sft_pipeline.chat.dataset import (
     write_dataset,
 )
 from triton_sft_pipeline.chat.prompt import assistant_message, user_message
+from triton_sft_pipeline.chat.settings import Form
+from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter
+from triton_sft_pipeline.config import data_dir
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.traces.record import RawRecord, Trace, parse_record
+from triton_sft_pipeline_tests.chat.conversations import repaired
 from triton_sft_pipeline_tests.chat.examples import built, count_characters, example, trace
 
 
@@ -76,6 +84,25 @@ def test_the_dataset_is_the_same_in_any_order() -> None:
     shuffled = random.Random(1).sample(traces, len(traces))
     assert built(shuffled) == built(traces)
     assert built(shuffled).data_version == built(traces).data_version
+
+
+def test_two_copies_of_a_trace_keep_their_order_whatever_the_input_s() -> None:
+    copies = [trace(1, file=name, position=at) for name, at in (("b.json", 0), ("a.json", 7), ("a.json", 2))]
+    assert [e.file for e in built(copies).examples] == ["a.json", "a.json", "b.json"]
+    assert built(copies[::-1]) == built(copies)
+
+
+def test_the_shipped_sample_keeps_its_rows_and_its_version() -> None:
+    """Whatever is trained on it is stale the moment this number changes."""
+    path = data_dir() / "reasoning_traces.json"
+    records = json.loads(path.read_text(encoding="utf-8"))
+    parsed = [parse_record(RawRecord(str(path), n, 0, value, "")) for n, value in enumerate(records)]
+    correct = [t for t in parsed if isinstance(t, Trace) and t.correctness and t.reasoning]
+    count = token_counter(load_tokenizer(str(data_dir() / "tiny_base")))
+    dataset = build_dataset(correct, count, max_tokens=640, test_size=0.1, over_budget="drop")
+    assert [len(dataset.split(s)) for s in ("train", "test")] == [28, 3]
+    assert sum(e.tokens for e in dataset.examples) == 11703
+    assert dataset.data_version == "66761776d9197aef174ba658103051b9a827a448f989372ca509a4d17fb8636e"
 
 
 def test_the_version_follows_the_rows_and_not_the_name_of_the_file() -> None:
@@ -173,6 +200,14 @@ def test_an_answer_of_another_form_is_a_fault(text: str, fault: str) -> None:
     assert any(fault in found for found in faults), faults
 
 
+def test_a_conversation_out_of_turn_is_a_fault() -> None:
+    question, reply = example().prompt, example().completion
+    assert format_faults(example(prompt=[*question, *reply, *question])) == []
+    for prompt in ([*question, *question], [*question, *reply], [*question, *reply, *reply, *question]):
+        assert format_faults(example(prompt=prompt)) == ["expected user and assistant in turns"]
+    assert format_faults(example(prompt=[{"role": "user", "content": " "}])) == ["a turn is empty"]
+
+
 def test_roles_and_empty_completions_are_faults() -> None:
     swapped = example(prompt=example().completion, completion=example().prompt)
     assert format_faults(swapped) == ["expected one user turn and one assistant turn"]
@@ -240,3 +275,84 @@ def test_the_files_load_as_a_hugging_face_dataset(tmp_path: Path) -> None:
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 9, "test": 1}
     assert loaded["test"][0]["prompt"] == dataset.split("test")[0].prompt
     assert loaded["test"][0]["completion"] == dataset.split("test")[0].completion
+
+
+EARLY = "<think>\nShort.\n</think>\n\n<triton>\ny = x\n</triton>"
+
+
+def by_turn(traces: list[Trace], max_tokens: int = 100_000) -> ChatDataset:
+    """The dataset of whole conversations, tokens being characters."""
+
+    def count(prompt: Messages, completion: Messages) -> tuple[int, int]:
+        if not completion[0]["content"].startswith("<think>"):
+            raise NotContinued("the prompt ends in <think>")
+        head = sum(len(m["content"]) for m in prompt)
+        return head, head + len(completion[0]["content"])
+
+    return build_dataset(traces, count, max_tokens=max_tokens, test_size=0.1, over_budget="drop", multi_turn=True)
+
+
+def test_a_conversation_is_one_row_and_counts_every_answer_that_is_learned() -> None:
+    [row] = by_turn([repaired("<triton>\ny = x\n</triton>", EARLY, "last")]).examples
+    assert [m["role"] for m in row.messages] == ["user", "assistant"] * 3
+    assert row.completion_tokens == len(EARLY) + len(row.completion[0]["content"])
+    assert row.prompt_tokens == sum(len(m["content"]) for m in row.prompt)
+    assert row.tokens == sum(len(m["content"]) for m in row.messages)
+
+
+def test_without_the_option_only_the_best_answer_of_a_conversation_is_a_row() -> None:
+    found = repaired(EARLY, "last")
+    [row] = built([found]).examples
+    assert [m["role"] for m in row.messages] == ["user", "assistant"] and row.trace == found.version
+
+
+def test_a_single_turn_trace_is_the_same_row_with_the_option() -> None:
+    assert by_turn([trace(1), trace(2)]).data_version == built([trace(1), trace(2)]).data_version
+
+
+def test_a_conversation_over_the_budget_is_left_out_whole() -> None:
+    traces = [repaired(EARLY, "last", number=1), repaired("last", number=2)]
+    most = max(e.tokens for e in by_turn(traces[1:]).examples)
+    dataset = by_turn(traces, max_tokens=most)
+    assert [e.sample_key for e in dataset.examples] == ["sample_2"]
+    assert [o.sample_key for o in dataset.over_budget] == ["sample_1"]
+
+
+def test_rows_come_back_the_same_from_either_form(tmp_path: Path) -> None:
+    dataset = built([trace(n) for n in range(10)])
+    for form in ("prompt_completion", "messages"):
+        write_dataset(dataset, tmp_path / form, form)  # type: ignore[arg-type]
+        assert read_examples(tmp_path / form, "train") == dataset.split("train")
+    several = by_turn([repaired(EARLY, "last", number=n) for n in range(3)])
+    write_dataset(several, tmp_path / "several", "messages")
+    assert read_examples(tmp_path / "several", "train") == several.split("train")
+
+
+def test_several_answers_are_not_written_where_there_is_room_for_one(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"sample_0 holds several answers, .* dataset\.form to messages"):
+        write_dataset(by_turn([repaired(EARLY, "last")]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"), [("prompt_completion", ["prompt", "completion"]), ("messages", ["messages"])]
+)
+def test_every_column_of_the_files_says_what_it_is(tmp_path: Path, form: Form, columns: list[str]) -> None:
+    import pyarrow.parquet as pq
+
+    write_dataset(built([trace(1)]), tmp_path, form)
+    schema = pq.read_schema(tmp_path / "train.parquet")
+    lineage = ["sample_key", "source", "problem", "trace", "speedup", "file"]
+    assert schema.names == [*columns, "split", *lineage, "prompt_tokens", "completion_tokens", "tokens"]
+    assert all(field.metadata[b"doc"] for field in schema)
+
+
+def test_the_hub_s_loader_takes_the_directory_as_its_card_says(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    dataset = by_turn([repaired(EARLY, "last", number=n) for n in range(10)])
+    write_dataset(dataset, tmp_path / "data", "messages")
+    loaded = load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 9, "test": 1}
+    assert loaded["test"][0]["messages"] == dataset.split("test")[0].messages
+    assert "prompt" not in loaded["test"].column_names

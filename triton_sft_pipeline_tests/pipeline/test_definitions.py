@@ -22,13 +22,21 @@ GRAPH = {
 }
 
 GATES = {
-    "filtered_traces": {"correctness", "fast_0", "min_traces", "accounting"},
+    "filtered_traces": {"accounting", "correctness", "fast_0", "min_traces", "no_overlap"},
     "chat_dataset": {"format", "token_budget", "no_overlap"},
     "lora_adapter": {"loss_finite", "adapter_reloads"},
 }
 
 WARNINGS = {
-    "filtered_traces": {"share_kept", "whole_files", "labels_reproduce"},
+    "filtered_traces": {
+        "share_kept",
+        "whole_files",
+        "label_noise",
+        "duplicates",
+        "length_drift",
+        "no_dominance",
+        "labels_reproduce",
+    },
     "lora_adapter": {"eval_loss_improved"},
     "evaluation_report": {"tuned_not_worse"},
 }

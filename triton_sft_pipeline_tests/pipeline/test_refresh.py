@@ -3,14 +3,17 @@
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import dagster as dg
 import pytest
+from dagster import AssetCheckEvaluation
 
 from triton_sft_pipeline.assets.common import HOST_TAG, PROCESS_TAG
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import read_json
 from triton_sft_pipeline.refresh import PARENTS
+from triton_sft_pipeline.traces import funnel
 from triton_sft_pipeline.traces.funnel import DROPPED_FILE
 from triton_sft_pipeline_tests.pipeline.harness import Pipeline, RecordedGPU, sample_traces
 
@@ -104,7 +107,7 @@ def test_a_kept_trace_without_fast_0_fails_its_gate_and_is_named(pipeline: Pipel
     traces = sample_traces()
     traces[0]["result"]["fast_0"] = False
     pipeline.write(traces)
-    pipeline.configure(filter__require_fast_0=False)
+    pipeline.configure(filter__require_fast_0=False, filter__check_labels=False)
     failure = pipeline.refresh().failed["filtered_traces"]
     assert "fast_0: 1 of" in failure
     assert traces[0]["sample_key"] in failure
@@ -194,3 +197,53 @@ def test_the_live_loss_curve_is_observed_on_the_adapter(pipeline: Pipeline) -> N
     records = pipeline.instance.fetch_observations(dg.AssetKey("lora_adapter"), limit=10).records
     losses = [r.asset_observation.metadata["loss"].value for r in records]
     assert losses == [0.5, 2.0]
+
+
+def wrong_traces(count: int) -> list[dict[str, Any]]:
+    """Traces that the filter drops, each with a name of its own."""
+    wrong = next(t for t in sample_traces() if t.get("result") and not t["result"]["correctness"])
+    return [{**wrong, "sample_key": f"wrong_{n}"} for n in range(count)]
+
+
+def test_of_a_file_that_grew_only_the_new_traces_are_worked_on(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.refresh()
+    worked: list[str] = []
+    first_refusal = funnel.first_refusal
+    monkeypatch.setattr(funnel, "first_refusal", lambda t, s: worked.append(t.sample_key) or first_refusal(t, s))
+    pipeline.write([*sample_traces(), *wrong_traces(10)])
+    assert pipeline.refresh().ran == ["filtered_traces"], "the same traces are kept"
+    assert worked == [f"wrong_{n}" for n in range(10)]
+    assert pipeline.store.require("filtered_traces").record["funnel"]["read"] == len(sample_traces()) + 10
+
+
+def check_of(pipeline: Pipeline, name: str) -> AssetCheckEvaluation:
+    key = dg.AssetCheckKey(dg.AssetKey("filtered_traces"), name)
+    found = pipeline.instance.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+    assert found.event and found.event.dagster_event
+    evaluation = found.event.dagster_event.event_specific_data
+    assert isinstance(evaluation, AssetCheckEvaluation)
+    return evaluation
+
+
+def test_a_share_kept_that_fell_against_last_time_warns_and_holds_nothing_back(pipeline: Pipeline) -> None:
+    pipeline.refresh()
+    assert check_of(pipeline, "share_kept").passed
+    pipeline.write([*sample_traces(), *wrong_traces(20)])
+    assert pipeline.refresh().ran == ["filtered_traces"]
+    fallen = check_of(pipeline, "share_kept")
+    assert not fallen.passed and fallen.severity == dg.AssetCheckSeverity.WARN
+    assert fallen.description and fallen.description.endswith("Last time it was 78%.")
+
+
+def test_the_page_of_the_filter_shows_the_funnel_with_records_of_each_reason(pipeline: Pipeline) -> None:
+    pipeline.write([*sample_traces(), *wrong_traces(10)])
+    pipeline.refresh()
+    event = pipeline.instance.get_latest_materialization_event(dg.AssetKey("filtered_traces"))
+    assert event and event.asset_materialization
+    shown = event.asset_materialization.metadata
+    assert "| dropped: correctness | 16 |" in str(shown["funnel"].value)
+    assert str(shown["funnel_plot"].value).startswith("![plot](data:image/png;base64,")
+    assert str(shown["dropped_and_quarantined"].value).count("| correctness |") == 5
+    assert shown["share_kept"].value == pytest.approx(31 / 50) and shown["largest_family"].value < 0.2

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from triton_sft_pipeline.assets import trace_gates
 from triton_sft_pipeline.refresh import PARENTS
 from triton_sft_pipeline_tests.pipeline.processes import Workplace, good_traces
 from triton_sft_pipeline_tests.pipeline.webserver import WebServer, web_server
@@ -11,7 +12,7 @@ from triton_sft_pipeline_tests.pipeline.webserver import WebServer, web_server
 pytestmark = pytest.mark.slow
 
 MISSING = dict.fromkeys(PARENTS, "MISSING")
-CHECKS = ("correctness", "fast_0", "min_traces", "accounting", "share_kept", "whole_files", "labels_reproduce")
+CHECKS = (*trace_gates.GATES, *trace_gates.WARNINGS, "labels_reproduce")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,22 @@ def get_init_inputs():
     return []
 """
 
-KERNEL = "import triton\n\n\ndef triton_kernel_wrapper(x):\n    return {expression}"
+KERNEL = """import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(p, q, B: tl.constexpr):
+    i = tl.arange(0, B)
+    x = tl.load(p + i)
+    tl.store(q + i, {expression})
+
+
+def triton_kernel_wrapper(x):
+    y = torch.empty_like(x)
+    kernel[(1,)](x, y, 16)
+    return y"""
 
 
 def record(number: int = 0, **changes: Any) -> dict[str, Any]:

@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from triton_sft_pipeline.traces.filters import filter_traces, label_steps, training_steps
+from triton_sft_pipeline.traces.filters import filter_traces, label_steps, quality_steps
 from triton_sft_pipeline.traces.record import RawRecord, Trace, parse_record
 from triton_sft_pipeline.traces.settings import FilterSettings
-from triton_sft_pipeline_tests.traces.records import MODULE, labelled, record
+from triton_sft_pipeline_tests.traces.records import KERNEL, MODULE, labelled, record
 
 STRICTEST = FilterSettings(require_fast_1=True, require_fast_2=True, min_speedup=3.0)
 
@@ -22,8 +21,8 @@ def trace(value: Any) -> Trace:
     return parsed
 
 
-def refusal(value: Any, settings: FilterSettings, held_out: dict[str, str] | None = None) -> tuple[str, str] | None:
-    steps = label_steps(settings) + ([] if held_out is None else training_steps(held_out))
+def refusal(value: Any, settings: FilterSettings, quality: bool = False) -> tuple[str, str] | None:
+    steps = label_steps(settings) + (quality_steps(settings) if quality else [])
     kept, dropped = filter_traces([trace(value)], steps)
     assert len(kept) + len(dropped) == 1
     return None if kept else (dropped[0].reason, dropped[0].detail)
@@ -35,7 +34,7 @@ def reason(value: Any, **settings: Any) -> str | None:
 
 
 def test_a_good_trace_is_kept() -> None:
-    assert refusal(record(), FilterSettings(), {}) is None
+    assert refusal(record(), FilterSettings(), quality=True) is None
 
 
 @pytest.mark.parametrize(
@@ -94,37 +93,138 @@ def test_the_first_line_of_the_traces_own_error_is_told() -> None:
     assert refusal(labelled(correctness=False, error=""), FilterSettings()) == ("correctness", "labelled incorrect")
 
 
-def test_a_trace_labelled_correct_with_an_error_and_no_speedup_is_kept_as_labelled() -> None:
-    assert reason(labelled(correctness=True, error="timing failed", speedup=0.0)) is None
-
-
-def test_a_trace_without_a_reasoning_is_dropped_for_training_alone() -> None:
-    silent = record(model_reasoning=None, thinking=" ")
-    assert refusal(silent, FilterSettings()) is None
-    found = refusal(silent, FilterSettings(), {})
-    assert found and found[0] == "no_reasoning"
-
-
-def test_a_trace_about_a_held_out_problem_is_dropped_by_what_it_computes() -> None:
-    respelled = MODULE.format(expression="(x   +  1)").replace("class Model(", "class Add(").replace("4, 4", "8, 8")
-    held_out = {trace(record(1)).problem: "01_add"}
-    found = refusal(record(0, pytorch_code=respelled), FilterSettings(), held_out)
-    assert found == ("held_out_problem", "the same module as the held-out problem 01_add")
-    assert refusal(record(2), FilterSettings(), held_out) is None
-
-
-def test_label_filters_come_before_those_of_training() -> None:
-    held_out = {trace(record(1)).problem: "01_add"}
-    unjudged = record(1, result=None, model_reasoning=None, thinking=None)
-    assert refusal(unjudged, FilterSettings(), held_out)[0] == "no_result"  # type: ignore[index]
-    silent = record(1, model_reasoning=None, thinking=None)
-    assert refusal(silent, FilterSettings(), held_out)[0] == "no_reasoning"  # type: ignore[index]
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({"triton_code": None}, "there is no code"),
+        ({"triton_code": "..."}, "the code is a literal '...'"),
+        (
+            {"triton_code": None, "result": {"correctness": False, "error": "Generation failed\nat once"}},
+            "there is no code: Generation failed",
+        ),
+        ({"triton_code": None, "result": None}, "there is no code"),
+    ],
+)
+def test_a_trace_without_a_kernel_is_dropped_before_its_labels_are_asked(changes: dict[str, Any], detail: str) -> None:
+    assert refusal(record(**changes), FilterSettings()) == ("no_kernel", detail)
+    assert reason(record(**changes), require_kernel=False) in (None, "no_result", "correctness")
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"min_speedup": -0.1}, {"min_speedup": float("nan")}, {"min_traces": 0}, {"min_share_kept": 1.5}, {"typo": 1}],
+    ("settings", "labels", "expected"),
+    [
+        ({"require_fast_1": True}, {"launch_bound": True}, "launch_bound_speed"),
+        ({"require_fast_1": True}, {"launch_bound": False}, None),
+        ({"require_fast_1": True}, {}, None),
+        ({"require_fast_1": True}, {"launch_bound": True, "fast_1": False}, "fast_1"),
+        ({"min_speedup": 1.2}, {"reference_time_ms": 0.01}, "launch_bound_speed"),
+        ({"min_speedup": 1.2}, {"reference_time_ms": 0.2}, None),
+        ({"require_fast_2": True}, {"launch_bound": True, "fast_2": True}, "launch_bound_speed"),
+        ({}, {"launch_bound": True}, None),
+    ],
 )
-def test_settings_out_of_range_or_unknown_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        FilterSettings(**wrong)
+def test_a_speedup_over_a_launch_counts_for_nothing_when_that_is_asked(
+    settings: dict[str, Any], labels: dict[str, Any], expected: str | None
+) -> None:
+    assert reason(labelled(**labels), ignore_launch_bound=True, **settings) == expected
+    assert reason(labelled(**labels), **settings) == (None if expected == "launch_bound_speed" else expected)
+
+
+NO_LAUNCH = "def triton_kernel_wrapper(x):\n    return x"
+FALLBACK = KERNEL.format(expression="x").replace("y = torch.empty_like(x)", "x = x @ x\n    y = torch.empty_like(x)")
+LOOP = "The block size is 128 and the mask stops at the last element of the row. " * 40
+MATMUL = MODULE.format(expression="x @ x")
+
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "contradictory_label": ("check_labels", labelled(error="TypeError: x", speedup=0.0)),
+    "syntax_error": ("check_syntax", record(triton_code="def triton_kernel_wrapper(x:\n")),
+    "no_wrapper": ("require_wrapper", record(triton_code="import triton\n\n\ndef run(x):\n    return x")),
+    "no_kernel_launch": ("require_launch", record(triton_code=NO_LAUNCH)),
+    "torch_fallback": ("forbid_fallback", record(triton_code=FALLBACK, pytorch_code=MATMUL)),
+    "no_reasoning": ("require_reasoning", record(model_reasoning=None, thinking=" ")),
+    "refusal": ("drop_refusals", record(model_reasoning="I'm sorry, but I can't help with that.")),
+    "reasoning_loop": ("drop_loops", record(model_reasoning=LOOP)),
+    "unreadable_answer": (
+        "require_readable",
+        record(triton_code=KERNEL.format(expression="x") + "\nend = '</triton>'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("expected", BAD)
+def test_each_step_of_quality_has_a_reason_a_sentence_and_a_switch(expected: str) -> None:
+    switch, value = BAD[expected]
+    found = refusal(value, FilterSettings(), quality=True)
+    assert found is not None and found[0] == expected and len(found[1]) > 10
+    assert refusal(value, FilterSettings()) is None
+    off = refusal(value, FilterSettings(**{switch: False}), quality=True)
+    assert off is None or off[0] != expected
+
+
+def test_every_step_of_quality_is_tried() -> None:
+    assert list(BAD) == [name for name, _ in quality_steps(FilterSettings())]
+
+
+def test_everything_can_be_switched_off() -> None:
+    settings = FilterSettings(**{switch: False for switch, _ in BAD.values()})
+    assert quality_steps(settings) == []
+
+
+def test_label_filters_come_before_those_of_quality() -> None:
+    unjudged = record(result=None, model_reasoning=None, thinking=None)
+    assert refusal(unjudged, FilterSettings(), quality=True) == (
+        "no_result",
+        "the kernel was never judged: result is missing or null",
+    )
+
+
+def test_prose_is_a_reasoning_unless_it_is_said_not_to_be() -> None:
+    completion = f"{'The kernel adds one to each element of the input. ' * 4}\n<triton>\nx\n</triton>"
+    value = record(model_reasoning=None, thinking=None, full_completion=completion)
+    assert refusal(value, FilterSettings(), quality=True) is None
+    found = refusal(value, FilterSettings(prose_is_reasoning=False), quality=True)
+    assert found == ("no_reasoning", "nothing but the prose before the code")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"error": "TypeError: f() missing\nmore"}, "labelled correct, with an error: TypeError: f() missing"),
+        ({"speedup": 0.0}, "labelled correct, with a speedup of 0"),
+        ({"speedup": 0}, "labelled correct, with a speedup of 0"),
+        ({"speedup": -1.5}, "labelled correct, with a speedup of -1.5"),
+        ({"speedup": 0.9}, "fast_1 is set, but the speedup is 0.9"),
+        ({"speedup": 1.0}, "fast_1 is set, but the speedup is 1"),
+        ({"speedup": 0.99999}, "fast_1 is set, but the speedup is 0.99999"),
+        ({"fast_1": False}, "fast_1 is not set, but the speedup is 1.5"),
+        ({"fast_2": True}, "fast_2 is set, but the speedup is 1.5"),
+        ({"speedup": 2.0}, "fast_2 is not set, but the speedup is 2"),
+        ({"speedup": None, "fast_1": False, "fast_2": True}, "fast_2 is set, but fast_1 is not"),
+        ({"fast_0": False}, "labelled correct, but fast_0 is not set"),
+        ({"correctness": False}, "labelled incorrect, but fast_0 is set"),
+        ({"correctness": False, "fast_0": False}, "labelled incorrect, but fast_1 is set"),
+    ],
+)
+def test_labels_that_contradict_each_other_are_told_apart(labels: dict[str, Any], said: str) -> None:
+    settings = FilterSettings(require_correctness=False, require_fast_0=False)
+    assert refusal(labelled(**labels), settings, quality=True) == ("contradictory_label", said)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {},
+        {"speedup": None, "fast_1": None, "fast_2": None},
+        {"speedup": None},
+        {"speedup": 1.0, "fast_1": False},
+        {"speedup": 2.0, "fast_2": True},
+        {"error": ""},
+        {"error": " \n"},
+        {"fast_0": ..., "fast_1": ..., "fast_2": ...},
+        {"correctness": False, "fast_0": False, "fast_1": False, "error": "wrong", "speedup": 0.0},
+        {"correctness": False, "fast_0": False, "fast_1": False, "speedup": 3.0},
+    ],
+)
+def test_labels_that_agree_or_say_nothing_are_no_contradiction(labels: dict[str, Any]) -> None:
+    settings = FilterSettings(require_correctness=False, require_fast_0=False)
+    assert refusal(labelled(**labels), settings, quality=True) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.problems import fingerprint
+from triton_sft_pipeline.problems import Problem
 from triton_sft_pipeline.traces import (
     Filtered,
     FilterSettings,
@@ -57,7 +58,7 @@ any_record = st.one_of(
 
 
 def filtered(path: Path, **changes: Any) -> Filtered:
-    return filter_location(path, FilterSettings(**changes), {})
+    return filter_location(path, FilterSettings(**changes), [], keep_raw=True)
 
 
 def accounted(found: Filtered) -> int:
@@ -118,12 +119,12 @@ def test_the_funnel_counts_reasons_the_most_frequent_first(tmp_path: Path) -> No
     assert found.funnel | {"source_hash": ""} == {
         "read": 7,
         "kept": 1,
-        "dropped": {"correctness": 2, "no_result": 1},
-        "quarantined": {"not_an_object": 2, "missing_field": 1},
+        "dropped": {"correctness": 2, "no_kernel": 1, "no_result": 1},
+        "quarantined": {"not_an_object": 2},
         "breaks": [],
         "source_hash": "",
     }
-    assert list(found.funnel["dropped"]) == ["correctness", "no_result"]
+    assert list(found.funnel["dropped"]) == ["correctness", "no_kernel", "no_result"]
     assert found.source_hash == hash_location(tmp_path / "t.json")
 
 
@@ -147,7 +148,7 @@ def test_what_was_dropped_and_quarantined_is_written_with_place_reason_and_conte
 
 def test_the_raw_records_come_back_as_they_stood(tmp_path: Path) -> None:
     records = [record(1, extra=[1, {"x": None}]), labelled(correctness=False), record(2)]
-    found = filter_location(write_array(tmp_path / "t.json", records), FilterSettings())
+    found = filter_location(write_array(tmp_path / "t.json", records), FilterSettings(), keep_raw=True)
     assert found.raw == [records[0], records[2]]
 
 
@@ -169,12 +170,16 @@ def test_the_version_follows_every_kept_record_and_repeated_ones_too(tmp_path: P
     kept = [record(1), record(2)]
     edited = [record(1), record(2, model_reasoning="Otherwise.")]
     files = [write_array(tmp_path / f"{i}.json", r) for i, r in enumerate([kept, edited, kept[:1], [*kept, kept[0]]])]
-    assert len({filtered(file).data_version for file in files}) == 4
+    assert len({filtered(file, drop_duplicates=False).data_version for file in files}) == 4
 
 
-def test_repeated_keys_and_repeated_records_are_all_kept(tmp_path: Path) -> None:
-    found = filtered(write_array(tmp_path / "t.json", [record(1), record(1), record(2, sample_key="sample_1")]))
-    assert [t.position for t in found.kept] == [0, 1, 2]
+def test_of_repeated_records_one_is_kept_and_keys_may_repeat(tmp_path: Path) -> None:
+    records = [record(1), record(1), record(2, sample_key="sample_1"), labelled(1, speedup=9.0, fast_2=True)]
+    found = filtered(write_array(tmp_path / "t.json", records))
+    assert [t.position for t in found.kept] == [2, 3], "of kernels that are the same the fastest stays"
+    assert [(d.reason, d.trace.position) for d in found.dropped] == [("duplicate", 0), ("duplicate", 1)]
+    assert found.raw == records[2:]
+    assert len(filtered(tmp_path / "t.json", drop_duplicates=False).kept) == 4
 
 
 def test_a_break_keeps_what_is_before_it_and_strict_refuses_the_file(tmp_path: Path) -> None:
@@ -204,18 +209,24 @@ def test_several_places_are_one_set_of_traces(tmp_path: Path) -> None:
     assert [t.sample_key for t in found.kept] == ["sample_1", "sample_2"]
 
 
+def held_out(expression: str) -> list[Problem]:
+    return [Problem("two", "# a comment\n" + MODULE.format(expression=expression))]
+
+
 def test_held_out_problems_are_kept_out_however_they_are_spelled(tmp_path: Path) -> None:
-    path = write_array(tmp_path / "t.json", [record(1), record(2), record(3)])
-    held_out = {fingerprint("# a comment\n" + MODULE.format(expression="x +  2")): "two"}
-    found = filter_location(path, FilterSettings(), held_out)
-    assert [t.sample_key for t in found.kept] == ["sample_1", "sample_3"]
+    others = [record(n, pytorch_code=MODULE.format(expression=e)) for n, e in enumerate(["torch.tanh(x)", "x.sum(1)"])]
+    path = write_array(tmp_path / "t.json", [others[0], record(2), others[1]])
+    found = filter_location(path, FilterSettings(), held_out("x +  2"))
+    assert [t.sample_key for t in found.kept] == ["sample_0", "sample_1"]
     assert found.funnel["dropped"] == {"held_out_problem": 1}
+    assert "two" in found.dropped[0].detail, "the problem that it touched is named"
+    assert len(filter_location(path, FilterSettings(decontaminate=False), held_out("x + 2")).kept) == 3
 
 
 def test_without_held_out_problems_the_label_filters_alone_are_applied(tmp_path: Path) -> None:
     path = write_array(tmp_path / "t.json", [record(1, model_reasoning=None, thinking=None)])
     assert len(filter_location(path, FilterSettings()).kept) == 1
-    assert len(filter_location(path, FilterSettings(), {}).kept) == 0
+    assert len(filter_location(path, FilterSettings(), []).kept) == 0
 
 
 def test_kept_traces_survive_parquet_to_the_letter(tmp_path: Path) -> None:
@@ -257,6 +268,35 @@ def test_every_column_that_is_not_plain_says_what_it_is(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "filtered_traces.parquet")["version"].to_pylist() == [found.kept[0].version]
 
 
+def test_the_files_live_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
+    path, place = write_array(tmp_path / "t.json", [record(1), record(2)]), tmp_path / "place"
+    place.mkdir()
+    reading = filter_location(path, FilterSettings(), workplace=place).traces()
+    gc.collect()
+    assert next(reading).sample_key == "sample_1" and list(place.iterdir())
+    assert next(reading).sample_key == "sample_2" and list(place.iterdir())
+    del reading
+    gc.collect()
+    assert list(place.iterdir()) == []
+
+
+def test_what_was_written_twice_is_there_once_and_stays_when_the_first_is_gone(tmp_path: Path) -> None:
+    found = filtered(write_array(tmp_path / "t.json", [record(1), 5]))
+    for _ in range(2):
+        write_filtered(found, tmp_path / "out")
+    found.discard()
+    assert len(list((tmp_path / "out").iterdir())) == 4 and len(read_kept(tmp_path / "out")) == 1
+
+
+def test_a_file_that_fails_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_array(tmp_path / "a.json", [record(1)])
+    (tmp_path / "b.json").write_text("not an array")
+    (tmp_path / "place").mkdir()
+    with pytest.raises(PipelineError, match=r"b\.json: not a JSON array"):
+        filter_location([tmp_path / "a.json", tmp_path / "b.json"], FilterSettings(), [], workplace=tmp_path / "place")
+    assert list((tmp_path / "place").iterdir()) == []
+
+
 def test_nothing_kept_is_written_and_read_as_nothing(tmp_path: Path) -> None:
     write_filtered(filtered(write_array(tmp_path / "t.json", [5])), tmp_path)
     assert read_kept(tmp_path) == []
@@ -294,7 +334,7 @@ REAL = os.environ.get("TRITON_SFT_REAL_TRACES")
 @pytest.mark.parametrize(
     ("name", "read", "kept", "breaks"),
     [
-        ("gpt_oss_120b_single_turn", 100, 100, []),
+        ("gpt_oss_120b_single_turn", 100, 96, []),
         ("qwen3_multi_turn", 9, None, []),
         ("glm45_multi_turn_truncated", 105, None, [105]),
     ],

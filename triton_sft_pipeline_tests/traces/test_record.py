@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from triton_sft_pipeline.problems import fingerprint
 from triton_sft_pipeline.traces.record import Malformed, RawRecord, Trace, parse_record
+from triton_sft_pipeline.traces.schemas import LONGEST_CODE
 from triton_sft_pipeline_tests.traces.records import labelled, record
 
 
@@ -51,6 +52,7 @@ def test_a_good_record_becomes_a_trace() -> None:
         ({"model_reasoning": ...}, "Add.", "thinking"),
         ({"model_reasoning": ..., "thinking": None}, None, None),
         ({"model_reasoning": "", "thinking": ""}, None, None),
+        ({"model_reasoning": None, "thinking": None, "full_completion": "c</think>"}, "c", "full_completion </think>"),
     ],
 )
 def test_the_models_own_reasoning_comes_before_the_explanation(
@@ -66,12 +68,35 @@ def test_a_record_that_is_no_object_is_refused(value: Any) -> None:
     assert reason == "not_an_object" and detail.endswith("expected an object")
 
 
-@pytest.mark.parametrize("field", ["pytorch_code", "triton_code"])
 @pytest.mark.parametrize(
     ("value", "said"), [(..., "is missing"), (None, "is missing"), ("", "is empty"), (" \n", "is empty")]
 )
-def test_a_record_without_code_is_refused(field: str, value: Any, said: str) -> None:
-    assert refusal(record(**{field: value})) == ("missing_field", f"{field} {said}")
+def test_a_record_without_a_module_is_refused(value: Any, said: str) -> None:
+    assert refusal(record(pytorch_code=value)) == ("missing_field", f"pytorch_code {said}")
+
+
+@pytest.mark.parametrize("value", [..., None, "", " \n"])
+def test_a_missing_kernel_is_no_malformation(value: Any) -> None:
+    found = trace(record(triton_code=value))
+    assert (found.triton_code, found.kernel_field) == ("", None)
+
+
+def test_dots_in_place_of_a_kernel_are_told_as_they_stand() -> None:
+    found = trace(record(triton_code="...", full_completion="<triton>x = 1</triton>"))
+    assert (found.triton_code, found.kernel_field) == ("...", "triton_code")
+
+
+def test_a_kernel_that_only_the_completion_holds_is_found() -> None:
+    found = trace(record(triton_code=None, full_completion="<triton>\nx = 1\n</triton>"))
+    assert (found.triton_code, found.kernel_field) == ("x = 1", "completion <triton>")
+
+
+@pytest.mark.parametrize("field", ["reasoning", "kernel"])
+def test_half_of_a_surrogate_pair_in_what_the_completion_gave_is_refused(field: str) -> None:
+    text = "<think>\ud800</think><triton>x = 1</triton>" if field == "reasoning" else "<triton>x = '\ud800'</triton>"
+    changes: dict[str, Any] = {"model_reasoning": None, "thinking": None, "triton_code": None}
+    reason, detail = refusal(record(full_completion=text, **changes))
+    assert reason == "bad_text" and detail.startswith("full_completion" if field == "reasoning" else "completion")
 
 
 @pytest.mark.parametrize("result", [..., None])
@@ -128,6 +153,11 @@ def test_half_of_a_surrogate_pair_is_refused_before_it_reaches_a_file(field: str
     assert reason == "bad_text" and detail.startswith(f"{field} holds half of a surrogate pair")
 
 
+def test_a_module_that_is_too_long_to_be_parsed_is_known_by_its_text() -> None:
+    first, second = (trace(record(pytorch_code=f"# {'x' * LONGEST_CODE}{end}")) for end in "ab")
+    assert first.problem != second.problem and len(first.problem) == 64
+
+
 def test_a_whole_surrogate_pair_is_one_character() -> None:
     assert "\\ud83d\\ude00" in (text := json.dumps(record(model_reasoning="\U0001f600")))
     assert trace(json.loads(text)).reasoning == "\U0001f600"
@@ -172,7 +202,10 @@ def test_a_trace_without_a_name_is_named_by_its_content_and_not_by_its_place(key
     assert first.sample_key == moved.sample_key != other.sample_key
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(Trace) if f.name not in ("file", "position")])
+BESIDE = ("file", "position", "kernel_field", "launch_bound", "speedup_low")
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Trace) if f.name not in BESIDE])
 def test_the_version_follows_every_other_field(field: str) -> None:
     changed: dict[str, Any] = {
         "has_result": False,
@@ -181,9 +214,17 @@ def test_the_version_follows_every_other_field(field: str) -> None:
         "fast_1": False,
         "fast_2": True,
     }
-    changed |= {"level": 9, "problem_id": 9, "speedup": 9.0}
+    changed |= {"level": 9, "problem_id": 9, "speedup": 9.0, "turn": 9, "num_turns": 9}
     found = trace(record())
     assert Trace(**{**found.__dict__, field: changed.get(field, "other")}).version != found.version
+
+
+def test_a_record_that_was_read_before_fields_were_added_keeps_its_version() -> None:
+    old = record(1, triton_code="import triton\n\n\ndef triton_kernel_wrapper(x):\n    return x + 1")
+    assert trace(old).version == "d83daad6b5e4b4360c9279e6549dc93f35293553f99a656ff1258a8a8319e732"
+    measured = {**old["result"], "launch_bound": True, "speedup_low": 1.2, "reference_time_ms": 0.01}
+    found = trace({**old, "result": measured})
+    assert found.launch_bound and found.speedup_low == 1.2 and found.version == trace(old).version
 
 
 json_values = st.recursive(
@@ -196,11 +237,26 @@ json_values = st.recursive(
 results = json_values | st.dictionaries(st.sampled_from(list(record()["result"])), json_values)
 
 
-@given(st.dictionaries(st.sampled_from(list(record())), json_values), results)
+turns = st.lists(
+    json_values
+    | st.dictionaries(st.sampled_from(["triton_code", "full_completion", "result", "reasoning"]), json_values)
+)
+CONVERSATION = ("turns", "final_triton_code", "final_result", "num_turns", "full_messages", "full_completion")
+
+
+@given(
+    st.dictionaries(st.sampled_from([*record(), *CONVERSATION]), json_values),
+    results,
+    st.none() | turns,
+)
 def test_whatever_a_field_holds_a_record_becomes_a_trace_or_is_refused_and_can_be_stored(
-    changes: dict[str, Any], result: Any
+    changes: dict[str, Any], result: Any, turns: Any
 ) -> None:
-    parsed = parse({**record(), "result": result, **changes})
+    value = {**record(), "result": result, **changes}
+    if turns is not None:
+        del value["triton_code"]
+        value["turns"] = turns
+    parsed = parse(value)
     if isinstance(parsed, Trace):
         assert len(parsed.version) == 64
         json.dumps(parsed.__dict__, allow_nan=False, ensure_ascii=False).encode()

@@ -113,3 +113,74 @@ def test_a_row_without_a_name_is_known_by_its_position(tokenizer: Any, rows: lis
     ]
     with pytest.raises(PipelineError, match="train row 1 is a str"):
         tokenize_rows([nameless, "row"], tokenizer, None, "train")  # type: ignore[list-item]
+
+
+def conversation(row: dict[str, Any], early: str) -> dict[str, Any]:
+    """A row of the other form: an early answer and feedback before the row's own answer."""
+    repair = [{"role": "assistant", "content": early}, {"role": "user", "content": "Wrong."}]
+    return {"sample_key": row["sample_key"], "messages": [*row["prompt"], *repair, *row["completion"]]}
+
+
+def test_a_row_of_messages_gives_the_same_sample(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    other = [{"sample_key": r["sample_key"], "messages": r["prompt"] + r["completion"]} for r in rows]
+    assert tokenize_rows(other, tokenizer, None, "train") == tokenize_rows(rows, tokenizer, None, "train")
+
+
+def test_each_answer_of_a_conversation_is_learned_behind_what_the_model_is_asked_with(
+    tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    row = conversation(rows[0], rows[1]["completion"][0]["content"])
+    first, last = tokenize_rows([row], tokenizer, None, "train")
+    assert [first.key, last.key] == ["relu/answer_1", "relu"]
+    for sample, index in ((first, 1), (last, 3)):
+        asked = tokenizer.apply_chat_template(row["messages"][:index], add_generation_prompt=True)["input_ids"]
+        assert sample.input_ids[: len(asked)] == asked
+        assert sample.labels == [IGNORED] * len(asked) + sample.input_ids[len(asked) :]
+        answer = row["messages"][index]["content"].removeprefix("<think>\n") + "<|im_end|>\n"
+        assert tokenizer.decode(sample.input_ids[len(asked) :]) == answer
+
+
+def test_where_the_template_only_appends_one_sample_holds_all_answers(
+    tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    keeping = copy.deepcopy(tokenizer)
+    keeping.chat_template = tokenizer.chat_template.replace("not loop.last and ", "false and ")
+    row = conversation(rows[0], rows[1]["completion"][0]["content"])
+    [sample] = tokenize_rows([row], keeping, None, "train")
+    trained = keeping.decode([token for token in sample.labels if token != IGNORED])
+    answers = [row["messages"][i]["content"].removeprefix("<think>\n") + "<|im_end|>\n" for i in (1, 3)]
+    assert trained == "".join(answers)
+    assert all(label in (IGNORED, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
+
+
+def test_an_early_answer_that_does_not_continue_its_prompt_is_not_learned(
+    tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    [sample] = tokenize_rows([conversation(rows[0], "<triton>\ny\n</triton>")], tokenizer, None, "train")
+    own = tokenize_rows(rows[:1], tokenizer, None, "train")[0]
+    assert [t for t in sample.labels if t != IGNORED] == [t for t in own.labels if t != IGNORED]
+    # The last one is what the row is for.
+    spoilt = {"messages": [*rows[0]["prompt"], {"role": "assistant", "content": "<triton>\ny\n</triton>"}]}
+    with pytest.raises(PipelineError, match=r"train sample 0: .* answers that begin with <think>"):
+        tokenize_rows([spoilt], tokenizer, None, "train")
+
+
+def test_every_sample_of_a_conversation_has_to_fit(tokenizer: Any, rows: list[dict[str, Any]]) -> None:
+    row = conversation(rows[0], "<think>\n" + "long " * 50 + "\n</think>\n\n<triton>\ny\n</triton>")
+    first, last = tokenize_rows([row], tokenizer, None, "train")
+    assert len(first.input_ids) > len(last.input_ids)
+    with pytest.raises(PipelineError, match=rf"train sample relu/answer_1 has {len(first.input_ids)} tokens"):
+        tokenize_rows([row], tokenizer, len(first.input_ids) - 1, "train")
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user"], ["user", "assistant", "user"]], ids="-".join)
+def test_messages_that_do_not_end_with_an_answer_to_a_question_are_refused(tokenizer: Any, roles: list[str]) -> None:
+    row = {"sample_key": "relu", "messages": [{"role": role, "content": "<think>\nx"} for role in roles]}
+    with pytest.raises(PipelineError, match="train sample relu: messages must begin with a question and end with"):
+        tokenize_rows([row], tokenizer, None, "train")
+
+
+@pytest.mark.parametrize("value", [None, [], "text", [{"role": "user"}]], ids=str)
+def test_a_row_of_malformed_messages_is_refused_by_name(tokenizer: Any, value: Any) -> None:
+    with pytest.raises(PipelineError, match=r"train sample relu.* messages"):
+        tokenize_rows([{"sample_key": "relu", "messages": value}], tokenizer, None, "train")
