@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import SFTConfig
 
+    from triton_sft_pipeline.traces import Trace
     from triton_sft_pipeline.training.trainer import TrainingRun
 
 OUTPUT = "sft_output"

@@ -95,7 +95,7 @@ def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: t
 
 
 @cli.command("filter")
-@click.argument("inputs", nargs=-1, type=PATH)
+@click.argument("inputs", nargs=-1, type=str)
 @click.option("--out", type=PATH, help="Directory to write to; not needed with --dry-run.")
 @click.option("--require-fast-1", is_flag=True, help="Keep only speedups above 1.0.")
 @click.option("--require-fast-2", is_flag=True, help="Keep only speedups of at least 2.0.")
@@ -105,7 +105,7 @@ def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: t
 @click.option("--dry-run", is_flag=True, help="Print the funnel; write nothing.")
 @configured
 def filter_command(
-    inputs: tuple[Path, ...],
+    inputs: tuple[str, ...],
     out: Path | None,
     dry_run: bool,
     preset: str | None,
@@ -230,7 +230,7 @@ def verify(
     compile_baseline: bool,
     **limits: Any,
 ) -> None:
-    """Judge every kernel of TRACES (files or folders).
+    """Judge every kernel of TRACES (files, folders, patterns or hf://owner/name).
 
     A record needs only pytorch_code and triton_code; of a multi-turn record every turn with code is judged. Killed and
     started again with the same --out, it goes on where it was.
@@ -264,7 +264,7 @@ def verify(
     for line in (*outcome_lines(records, judged), f"verdicts   {out}"):
         _say(line)
     if relabel:
-        labels.write_relabelled(everything, judged.verdicts, relabel)
+        labels.write_relabelled(list(traces), judged.verdicts, relabel)
         _say(f"relabelled {relabel}")
     if refused:
         _fail(f"{len(refused)} could not be judged; they are named above.", 1)

@@ -10,23 +10,25 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from io import FileIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.files import hash_json, json_bytes, write_json
-from triton_sft_pipeline.traces.reader import Break, open_trace_file, trace_files
+from triton_sft_pipeline.files import atomic_writer, hash_json, json_bytes
+from triton_sft_pipeline.traces.items import Break
+from triton_sft_pipeline.traces.reader import open_traces
 from triton_sft_pipeline.traces.record import Malformed, RawRecord
+from triton_sft_pipeline.traces.sources import resolve
 from triton_sft_pipeline.verification import JUDGE_VERSION, JudgeItem, KernelJudge, Verdict
 
 _SPEED = ("reference_time_ms", "reference_iqr_ms", "kernel_time_ms", "kernel_iqr_ms")
 _INTERVAL = ("speedup_low", "speedup_high")
+_ASKED = ("sample_key", "pytorch_code", "result", "final_result")
 _OURS = ("sample_key", "file", "position", "turn", "judge_version", "settings")
 
 
@@ -52,6 +54,7 @@ class Judgeable:
     """A kernel that can be judged: it needs pytorch_code and its own code, nothing else.
 
     Attributes:
+        record: where it stands, and of its value what is asked here: its keys, its module and its labels.
         identity: content hash, position and file; what its verdict is known by.
         code: the kernel; empty when the record has none.
         turn: which turn of a conversation wrote it, from 1; None for a record's one kernel, or its final one.
@@ -85,9 +88,8 @@ class Judgeable:
 
 @dataclass(frozen=True)
 class Refused:
-    """What cannot be judged: its value, when it is JSON at all, and a sentence that names file, record and reason."""
+    """What cannot be judged: a sentence that names file, record and reason."""
 
-    value: Any
     sentence: str
 
 
@@ -106,36 +108,40 @@ class Judged:
     seconds: float
 
 
-def read_judgeable(places: list[Path]) -> list[Judgeable | Refused]:
+def read_judgeable(places: Sequence[Path]) -> list[Judgeable | Refused]:
     """Every kernel of the files, in order, as something to judge or as refused.
 
     Of a conversation (a record with `turns`) every turn with code is one, and so is a final kernel that no turn wrote.
+    Codes and labels are kept, reasoning and completions are not: some kilobytes a kernel.
+
+    Args:
+        places: files, folders, patterns or datasets of the Hub; see `sources.resolve`.
 
     Raises:
         PipelineError: a place cannot be read.
     """
     found: list[Judgeable | Refused] = []
-    for path in [file for place in places for file in trace_files(place)]:
-        for item in open_trace_file(path).records():
-            if isinstance(item, Break):
-                found.append(Refused(None, str(item)))
-            elif isinstance(item, Malformed):
-                found.append(Refused(None, f"{item.file}, record {item.position}: {item.detail}"))
-            elif why := _why_not(item.value):
-                found.append(Refused(item.value, f"{item.file}, record {item.position}{_key_of(item.value)}: {why}"))
-            else:
-                found += _kernels(item)
+    for item in open_traces(resolve(places)):
+        if isinstance(item, Break):
+            found.append(Refused(str(item)))
+        elif isinstance(item, Malformed):
+            found.append(Refused(f"{item.file}, record {item.position}: {item.detail}"))
+        elif why := _why_not(item.value):
+            found.append(Refused(f"{item.file}, record {item.position}{_key_of(item.value)}: {why}"))
+        else:
+            found += _kernels(item)
     return found
 
 
-def check_destinations(traces: list[Path], out: Path, relabel: Path | None) -> None:
+def check_destinations(traces: Sequence[Path], out: Path, relabel: Path | None) -> None:
     """Refuse what cannot be written, or must not be written over, before anything is judged rather than after.
 
     Raises:
         PipelineError: a destination is one of the trace files, a folder or a device, or may not be written; or both are
-            the same file.
+            the same file; or traces are to be relabelled that can be read only once.
     """
-    sources = {file.resolve() for place in traces for file in trace_files(place)}
+    files = [file.path for file in resolve(traces)]
+    sources = {file.resolve() for file in files}
     for option, path in (("--out", out), ("--relabel", relabel)):
         if path is None:
             continue
@@ -150,6 +156,8 @@ def check_destinations(traces: list[Path], out: Path, relabel: Path | None) -> N
             raise PipelineError(f"{path}: {touched} cannot be written. Give {option} another place.")
     if relabel is not None and relabel.resolve() == out.resolve():
         raise PipelineError(f"{out}: named for --out and for --relabel. They need a file each.")
+    if relabel is not None and (once := [file for file in files if not file.is_file()]):
+        raise PipelineError(f"{once[0]}: --relabel reads the traces again at its end. Give it a file.")
 
 
 def judge_records(
@@ -190,26 +198,34 @@ def judge_records(
     return Judged(verdicts, len(todo), time.monotonic() - began)
 
 
-def relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict]) -> Iterator[Any]:
-    """The records in their original schema, with the measured result in place of the label where there was a result.
+def relabelled(places: Sequence[Path], verdicts: Mapping[str, Verdict]) -> Iterator[Any]:
+    """The records, read anew, in their original schema, with the measured result in place of the label where there was
+    a result.
 
     What cannot be judged, and a record whose result is missing or null, stays as it is: the pipeline must see it. Flags
     follow the point estimate, as that schema means them: fast_1 is a speedup above 1, fast_2 one of at least 2. Of a
     conversation the result of every turn is replaced, and its final result.
+
+    Raises:
+        PipelineError: a record is not the one that was judged.
     """
-    for _, group in groupby(records, key=lambda item: id(item.record if isinstance(item, Judgeable) else item)):
-        kernels = list(group)
-        first = kernels[0]
-        if isinstance(first, Refused):
-            if first.value is not None:
-                yield first.value
+    for item in open_traces(resolve(places)):
+        if isinstance(item, Break | Malformed):
             continue
-        record = first.record.value
-        if _is_conversation(record):
-            judged = [(k, verdicts[k.identity]) for k in kernels if isinstance(k, Judgeable)]
+        record = item.value
+        kernels = [] if _why_not(record) else _kernels(item)
+        if any(kernel.identity not in verdicts for kernel in kernels):
+            raise PipelineError(
+                f"{item.file}, record {item.position}: the file changed while its kernels were judged. Start again "
+                "with the same --out: what is still the same is not judged again."
+            )
+        judged = [(kernel, verdicts[kernel.identity]) for kernel in kernels]
+        if not judged:
+            yield record
+        elif _is_conversation(record):
             yield _relabelled_conversation(record, judged)
         else:
-            yield _with_result(record, "result", verdicts[first.identity])
+            yield _with_result(record, "result", judged[0][1])
 
 
 def result_of(verdict: Verdict) -> dict[str, Any]:
@@ -233,15 +249,22 @@ def result_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def write_relabelled(records: list[Judgeable | Refused], verdicts: Mapping[str, Verdict], out: Path) -> None:
-    """Write the relabelled records as one JSON array.
+def write_relabelled(places: Sequence[Path], verdicts: Mapping[str, Verdict], out: Path) -> None:
+    """Write the relabelled records as one JSON array, a record in memory at a time.
 
     Raises:
-        PipelineError: `out` is one of the trace files; a label that was replaced could not be had back.
+        PipelineError: `out` is one of the trace files (a label that was replaced could not be had back), or see
+            `relabelled`.
     """
-    if any(isinstance(r, Judgeable) and out.resolve() == Path(r.record.file).resolve() for r in records):
+    if any(out.resolve() == file.path.resolve() for file in resolve(places)):
         raise PipelineError(f"{out}: these are the traces that were judged. Give --relabel another name.")
-    write_json(out, list(relabelled(records, verdicts)))
+    with atomic_writer(out) as stream:
+        before = "["
+        for record in relabelled(places, verdicts):
+            text = json.dumps(record, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+            stream.write(json_bytes(f"{before}\n  {text}"))
+            before = ","
+        stream.write(b"[]\n" if before == "[" else b"\n]\n")
 
 
 def _is_conversation(value: dict[str, Any]) -> bool:
@@ -280,7 +303,17 @@ def _kernels(record: RawRecord) -> list[Judgeable]:
 def _judgeable(record: RawRecord, code: str | None, turn: int | None = None) -> Judgeable:
     content = hash_json([record.value["pytorch_code"], code])[:16]
     place = f"{record.position}.{turn}" if turn else f"{record.position}"
-    return Judgeable(record, f"{content}@{place}@{record.file}", code or "", turn)
+    light = RawRecord(record.file, record.position, record.byte, _asked(record.value), "")
+    return Judgeable(light, f"{content}@{place}@{record.file}", code or "", turn)
+
+
+def _asked(value: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of a record's value once its kernels are known."""
+    light: dict[str, Any] = {name: value[name] for name in _ASKED if name in value}
+    if _is_conversation(value):
+        turns = value.get("turns") or []
+        light["turns"] = [{name: turn[name] for name in ("result", "final_result") if name in turn} for turn in turns]
+    return light
 
 
 def _relabelled_conversation(record: dict[str, Any], judged: list[tuple[Judgeable, Verdict]]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import dagster as dg
 import pytest
 
 from triton_sft_pipeline.checks import labels_result
-from triton_sft_pipeline.traces.reader import open_trace_file
+from triton_sft_pipeline.traces.reader import open_traces
 from triton_sft_pipeline.traces.record import RawRecord, Trace, parse_record
+from triton_sft_pipeline.traces.sources import resolve
 from triton_sft_pipeline.verification import Verdict
 from triton_sft_pipeline.verification.verdict import CORRECT
 from triton_sft_pipeline_tests.traces.records import record, write_array
@@ -19,7 +20,7 @@ from triton_sft_pipeline_tests.traces.records import record, write_array
 @pytest.fixture
 def kept(tmp_path: Path) -> list[Trace]:
     path = write_array(tmp_path / "t.json", [record(n) for n in range(4)])
-    parsed = [parse_record(r) for r in open_trace_file(path).records() if isinstance(r, RawRecord)]
+    parsed = [parse_record(r) for r in open_traces(resolve(path)) if isinstance(r, RawRecord)]
     return [trace for trace in parsed if isinstance(trace, Trace)]
 
 

@@ -65,10 +65,8 @@ def name(path: Path) -> str:
 
 def test_the_walk_sees_what_is_there() -> None:
     assert {room(path) for path in MODULES} >= set(ROOMS)
-    assert "triton_sft_pipeline.chat.tokens.load_tokenizer" in imported_by(PACKAGE / "api.py")
-    assert "triton_sft_pipeline.chat.tokens.load_tokenizer" not in imported_by(
-        PACKAGE / "api.py", inside_functions=False
-    )
+    assert "triton_sft_pipeline.chat.make.make_dataset" in imported_by(PACKAGE / "api.py")
+    assert "triton_sft_pipeline.chat.make.make_dataset" not in imported_by(PACKAGE / "api.py", inside_functions=False)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -90,7 +91,7 @@ def test_a_bad_line_is_told_with_its_reason(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "t.jsonl", [record(1)])
     path.write_text("nonsense\n" + path.read_text())
     found, refused = both([path])
-    assert len(found) == 1 and refused == [f"{path}, record 0: line 1: Expecting value at line 1, column 1"]
+    assert len(found) == 1 and refused == [f"{path}, record 0: line 1: Expecting value"]
 
 
 def test_a_verdict_is_on_disk_the_moment_it_is_decided(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_odd_characters_in_names_and_sentences_survive_a_resumption(tmp_path: Pa
     first = judged(found, RecordingJudge(detail=text), tmp_path / "v.jsonl")
     again = RecordingJudge()
     assert judged(found, again, tmp_path / "v.jsonl") == first and again.asked == []
-    write_relabelled(found, first, tmp_path / "out.json")
+    write_relabelled([tmp_path / "t.json"], first, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())[0]["sample_key"] == text
 
 
@@ -290,7 +291,7 @@ def test_relabelling_replaces_the_result_and_nothing_else(tmp_path: Path) -> Non
         "fast_1": False,
     }
     verdicts = judged(found, RecordingJudge(**measured), tmp_path / "v.jsonl")
-    write_relabelled(found, verdicts, tmp_path / "out.json")
+    write_relabelled([tmp_path / "t.json"], verdicts, tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert written[2:] == records[2:]
     for new, old in zip(written[:2], records[:2], strict=True):
@@ -316,7 +317,7 @@ def test_relabelling_replaces_the_result_and_nothing_else(tmp_path: Path) -> Non
 def test_a_verdict_that_says_nothing_about_the_kernel_changes_no_label(tmp_path: Path, verdict: str) -> None:
     found, _ = both([write_array(tmp_path / "t.json", [record(1)])])
     verdicts = {found[0].identity: Verdict(found[0].identity, verdict, False, False)}
-    assert list(relabelled(found, verdicts)) == [record(1)]
+    assert list(relabelled([tmp_path / "t.json"], verdicts)) == [record(1)]
 
 
 @pytest.mark.parametrize(
@@ -349,26 +350,95 @@ def test_a_kernel_that_is_wrong_has_no_speedup_and_says_why() -> None:
 
 def test_relabelling_keeps_what_could_not_be_judged(tmp_path: Path) -> None:
     lost = {"sample_key": "no code", "result": None}
-    everything = read_judgeable([write_array(tmp_path / "t.json", [lost, record(1)])])
-    found = [item for item in everything if isinstance(item, Judgeable)]
+    found, _ = both([write_array(tmp_path / "t.json", [lost, record(1)])])
     verdicts = judged(found, RecordingJudge(), tmp_path / "v.jsonl")
-    assert next(iter(relabelled(everything, verdicts))) == lost
-    assert len(list(relabelled(everything, verdicts))) == 2
+    first, second = relabelled([tmp_path / "t.json"], verdicts)
+    assert first == lost and second["sample_key"] == "sample_1"
 
 
 def test_what_a_gpu_measured_outlives_a_check_without_timing(tmp_path: Path) -> None:
     timed = {"correctness": True, "speedup": 1.7, "fast_0": True, "fast_1": True, "fast_2": False, "error": None}
-    everything = read_judgeable([write_array(tmp_path / "t.json", [record(1, result=timed)])])
-    found = [item for item in everything if isinstance(item, Judgeable)]
+    found, _ = both([write_array(tmp_path / "t.json", [record(1, result=timed)])])
     verdicts = judged(found, RecordingJudge(speedup=None), tmp_path / "v.jsonl")
-    (new,) = relabelled(everything, verdicts)
+    (new,) = relabelled([tmp_path / "t.json"], verdicts)
     assert (new["result"]["speedup"], new["result"]["fast_1"]) == (1.7, True)
 
 
 def test_relabelling_never_writes_over_the_traces(tmp_path: Path) -> None:
-    everything = read_judgeable([write_array(tmp_path / "t.json", [record(1)])])
+    path = write_array(tmp_path / "t.json", [record(1)])
+    before = path.read_bytes()
     with pytest.raises(PipelineError, match="Give --relabel another name"):
-        write_relabelled(everything, {}, tmp_path / "t.json")
+        write_relabelled([tmp_path], {}, path)
+    assert path.read_bytes() == before
+
+
+def test_traces_that_changed_while_they_were_judged_are_not_relabelled(tmp_path: Path) -> None:
+    path = write_array(tmp_path / "t.json", [record(1), record(2)])
+    verdicts = judged(both([path])[0], RecordingJudge(), tmp_path / "v.jsonl")
+    write_array(path, [record(1), record(2, triton_code="# edited")])
+    with pytest.raises(PipelineError, match=r"t\.json, record 1: the file changed .* with the same --out"):
+        write_relabelled([path], verdicts, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_traces_that_can_be_read_only_once_are_not_relabelled(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        pipe = [Path(f"/dev/fd/{reading}")]
+        with pytest.raises(PipelineError, match="--relabel reads the traces again at its end"):
+            check_destinations(pipe, tmp_path / "v.jsonl", tmp_path / "new.json")
+        check_destinations(pipe, tmp_path / "v.jsonl", None)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl", "t.json.gz", "t.jsonl.zst", "t.parquet"])
+def test_every_format_that_is_read_is_judged_and_relabelled(tmp_path: Path, name: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    records = [record(n) for n in range(3)]
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        lines = ".jsonl" in name
+        data = ("\n".join(map(json.dumps, records)) if lines else json.dumps(records)).encode()
+        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, lambda data: data)
+        path.write_bytes(pack(data))
+    for place in (path, path.parent, tmp_path / "*" / "t.*"):
+        found, refused = both([place])
+        assert not refused and {kernel.record.file for kernel in found} == {str(path)}
+        assert [(k.record.position, k.label, k.code) for k in found] == [
+            (n, True, record(n)["triton_code"]) for n in range(3)
+        ]
+    again = RecordingJudge()
+    verdicts = judged(found, RecordingJudge(), tmp_path / "v.jsonl")
+    assert judged(found, again, tmp_path / "v.jsonl") == verdicts and again.asked == []
+    write_relabelled([path], verdicts, tmp_path / "out.json")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["sample_key"] for row in written] == ["sample_0", "sample_1", "sample_2"]
+    assert all(row["result"]["speedup"] == 1.25 for row in written)
+
+
+def test_what_is_not_judged_of_a_record_is_not_kept_in_memory(tmp_path: Path) -> None:
+    talk = conversation(2, ["a = 1"], "a = 1", reasoning="r" * 9999, full_messages=[{"content": "c"}])
+    talk["turns"][0]["full_completion"] = "f" * 9999
+    found, _ = both([write_array(tmp_path / "t.json", [record(1, full_completion="f" * 9999), talk])])
+    assert len(found) == 2 and all(len(repr(kernel)) < 3000 for kernel in found)
+
+
+def test_the_relabelled_array_is_the_one_that_json_would_write(tmp_path: Path) -> None:
+    records = [{"sample_key": "größe\n", "list": [1, {}, []]}, 5, "line\nline", None, []]
+    path = write_array(tmp_path / "t.json", records)
+    write_relabelled([path], {}, tmp_path / "out.json")
+    text = (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert text == json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+    write_relabelled([write_array(path, [])], {}, tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text() == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -471,7 +541,7 @@ def test_relabelling_replaces_the_result_of_each_turn_and_the_final_one(tmp_path
     verdicts = {k.identity: Verdict(k.identity, "verified", True, True, speedup=3.0) for k in found[:2]}
     verdicts |= {found[2].identity: Verdict("", "crash", False, False, detail="It died.")}
     verdicts |= {found[3].identity: Verdict("", "infra_error", False, False)}
-    first, second = relabelled([*found], verdicts)
+    first, second = relabelled([tmp_path / "t.json"], verdicts)
     assert list(first) == list(old)
     assert [turn.get("result", {}).get("correctness") for turn in first["turns"]] == [None, True, False]
     assert first["turns"][1]["result"] == first["final_result"] and first["final_result"]["fast_2"] is True
@@ -500,7 +570,7 @@ def test_a_timeout_of_the_interpreter_changes_no_label_and_one_of_a_gpu_does(tmp
 
     def result(backend: str) -> Any:
         verdict = Verdict(found[0].identity, "timeout", False, False, backend=backend)
-        return next(relabelled([*found], {verdict.key: verdict}))["result"]
+        return next(relabelled([tmp_path / "t.json"], {verdict.key: verdict}))["result"]
 
     assert result("interpreter") == record(1)["result"]
     assert result("cuda")["correctness"] is False

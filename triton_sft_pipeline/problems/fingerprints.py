@@ -1,8 +1,8 @@
 """Tells whether two problems are the same: a hash of what a module computes, blind to how it is written down.
 
 Used to keep all traces of one problem on one side of a split, and held-out problems out of the training data. It does
-not see through renamed variables or reordered statements: two problems with one fingerprint are the same, two with
-different ones may still be alike.
+not see through renamed variables (but for a module's only input) or reordered statements: two problems with one
+fingerprint are the same, two with different ones may still be alike.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def fingerprint(pytorch_code: str) -> str:
     """Hex SHA-256 of the module's normalised syntax tree.
 
     These do not matter: comments, docstrings, formatting, annotations, the names of classes, how a library is imported
-    (`nn.ReLU` and `torch.nn.ReLU`), `get_inputs` and `get_init_inputs`, and top-level names that only those used (such
-    as `batch_size`). Text that does not parse is hashed with its white space collapsed.
+    (`nn.ReLU` and `torch.nn.ReLU`), a module's `__init__` that only calls its base's, what `forward` calls its input
+    when that is the only one, `get_inputs` and `get_init_inputs`, and top-level names that only those used (such as
+    `batch_size`). Text that does not parse is hashed with its white space collapsed.
     """
     try:
         tree = parse_module(pytorch_code)
@@ -117,10 +118,16 @@ class _Normaliser(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         node.name = self._names[node.name]
-        return self._visit_block(node)
+        self._visit_block(node)
+        if [_outline(base) for base in node.bases] == [_MODULE]:
+            # Most modules without parameters say what happens anyway; some leave it out.
+            node.body = [part for part in node.body if _outline(part) != _PLAIN_INIT] or [ast.Pass()]
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
+        if node.name == "forward" and "x" not in self._names:
+            _call_the_only_input_x(node)
         return self._visit_block(node)
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
@@ -138,6 +145,23 @@ class _Normaliser(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+def _call_the_only_input_x(forward: ast.FunctionDef) -> None:
+    """As most modules do. Nothing happens when there are more inputs, or when something else is called so."""
+    given = forward.args
+    if len(given.args) != 2 or given.posonlyargs or given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
+        return
+    inside = list(ast.walk(forward))
+    names = [node for node in inside if isinstance(node, ast.Name)]
+    arguments = [node for node in inside if isinstance(node, ast.arg)]
+    if "x" in {node.id for node in names} | {node.arg for node in arguments}:
+        return
+    old = given.args[1].arg
+    for name in names:
+        name.id = "x" if name.id == old else name.id
+    for argument in arguments:
+        argument.arg = "x" if argument.arg == old else argument.arg
+
+
 def _import_target(alias: ast.alias) -> str:
     return alias.name if alias.asname else alias.name.split(".")[0]
 
@@ -153,3 +177,7 @@ def _outline(node: object) -> str:
     if isinstance(node, list):
         return f"[{', '.join(_outline(item) for item in node)}]"
     return repr(node)
+
+
+_PLAIN_INIT = _outline(ast.parse("def __init__(self):\n    super().__init__()").body[0])
+_MODULE = _outline(ast.Name("torch.nn.Module", ast.Load()))

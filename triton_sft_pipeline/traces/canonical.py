@@ -114,7 +114,8 @@ class TraceWriter:
         if self._rows:
             columns: dict[str, list[Any]] = {name: [getattr(trace, name) for trace in self._rows] for name in _NAMES}
             columns["version"] = self._versions
-            self._writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=self._schema))
+            arrays = [_array(columns[field.name], field.type) for field in self._schema]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
             self._rows, self._versions, self._characters = [], [], 0
 
 
@@ -132,7 +133,10 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[Any]:
             wanted = columns or schema().names
             if missing := [name for name in wanted if name not in file.schema_arrow.names]:
                 raise KeyError(f"it has no column {missing[0]}")
-            yield from file.iter_batches(batch_size=_ROWS, columns=wanted)
+            # One row group after another and in this thread: else several are read ahead, each by a thread that keeps
+            # memory of its own.
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False)
     except (OSError, KeyError, pa.ArrowException) as error:
         told = error.args[0] if isinstance(error, KeyError) else error
         raise PipelineError(f"{path}: not readable as filtered traces ({told}). Run the filter again.") from error
@@ -150,8 +154,8 @@ def select(source: Path, stream: IO[bytes], keep: Callable[[str, int], bool], lo
         for batch in read_batches(source):
             places = zip(batch["file"].to_pylist(), batch["position"].to_pylist(), strict=True)
             mask = [keep(*place) for place in places]
-            writer.add_batch(batch.filter(pa.array(mask, pa.bool_())))
-            for row in batch.filter(pa.array([not kept for kept in mask], pa.bool_())).to_pylist():
+            writer.add_batch(batch.filter(_array(mask, pa.bool_())))
+            for row in batch.filter(_array([not kept for kept in mask], pa.bool_())).to_pylist():
                 lost(_trace(row))
     return writer.count
 
@@ -169,6 +173,34 @@ def iterate_kept(directory: Path) -> Iterator[Trace]:
 def read_kept(directory: Path) -> list[Trace]:
     """All of `iterate_kept`."""
     return list(iterate_kept(directory))
+
+
+def _array(values: list[Any], kind: Any) -> Any:
+    """A column of Python values (None: no value) as an Arrow array. As `pyarrow.array`, which imports pandas to see
+    whether it was handed something of it, and with it 60 MB.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    present = np.fromiter((value is not None for value in values), dtype=bool, count=len(values))
+    validity = None if present.all() else _bits(present)
+    if pa.types.is_string(kind):
+        texts = [(value or "").encode() for value in values]
+        ends = np.zeros(len(texts) + 1, dtype=np.int32)
+        np.cumsum([len(text) for text in texts], out=ends[1:])
+        data = [pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    elif pa.types.is_boolean(kind):
+        data = [_bits(np.fromiter((value is True for value in values), dtype=bool, count=len(values)))]
+    else:
+        data = [pa.py_buffer(np.array([value or 0 for value in values], dtype=kind.to_pandas_dtype()))]
+    return pa.Array.from_buffers(kind, len(values), [validity, *data])
+
+
+def _bits(flags: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    return pa.py_buffer(np.packbits(flags, bitorder="little"))
 
 
 def _trace(row: dict[str, Any]) -> Trace:

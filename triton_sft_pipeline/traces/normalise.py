@@ -26,6 +26,8 @@ KERNEL_ROOTS = frozenset({"triton_kernel_wrapper", "ModelNew"})
 _WORD = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"|'''.*?'''|\"[^\"\n]*\"|'[^'\n]*'|[^\W\d]\w*|\d[\w.]*|\S", re.DOTALL)
 # In characters. Parsing takes a few hundred bytes of memory for each; no kernel is so long.
 _LONGEST = 1_000_000
+# Tokens: those that code shares; the others are many, and seen once.
+_REMEMBERED = 8_192
 # As `parse_module`; the last two: an expression nested too deep.
 _UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)
 
@@ -94,12 +96,12 @@ def shingles(tokens: Sequence[str], size: int = 5) -> Any:
     return np.unique(hashes)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=_REMEMBERED)
 def _code(token: str) -> int:
     return int.from_bytes(hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=_REMEMBERED)
 def _blur(token: str) -> str:
     if token.rstrip("0123456789") in ("%", "@", ".@", "=@"):
         return token.rstrip("0123456789")

@@ -15,6 +15,8 @@ from triton_sft_pipeline.traces.items import Break
 from triton_sft_pipeline.traces.record import RawRecord
 
 _BATCH = 64
+# Of a row group of any size so much is read at a time, in bytes a column.
+_BUFFER = 65_536
 
 
 def parquet_records(
@@ -36,7 +38,7 @@ def parquet_records(
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(stream, pre_buffer=False)
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER)
     except (pa.ArrowException, OSError) as error:
         raise PipelineError(f"{name}: not a whole Parquet file ({_first_line(error)}).") from error
     total, position = max(file.metadata.num_rows, 1), 0

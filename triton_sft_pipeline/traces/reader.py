@@ -18,8 +18,7 @@ from pathlib import Path
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import hash_json
 from triton_sft_pipeline.traces.arrays import array_records
-from triton_sft_pipeline.traces.items import Break as Break
-from triton_sft_pipeline.traces.items import Item
+from triton_sft_pipeline.traces.items import Break, Item
 from triton_sft_pipeline.traces.lines import line_records
 from triton_sft_pipeline.traces.parquet import parquet_records
 from triton_sft_pipeline.traces.sources import SourceFile, resolve
@@ -34,27 +33,19 @@ _SETTLED_S = 2.0
 _hashes: dict[tuple[str, int, int, int], str] = {}
 
 
-class TraceFile:
+class _TraceFile:
     """One file, read once and while its records are asked for.
 
     Attributes:
         path: what its records carry as their file.
-        sha256: hash of its bytes, known after the last record: what is hashed is what was parsed.
+        sha256: hash of its bytes, after the last record: what is hashed is what was parsed.
     """
 
     def __init__(self, file: SourceFile, progress: Callable[[int], None] | None = None) -> None:
         self.path = file.name
         self._file = file
         self._progress = progress
-        self._sha256: str | None = None
-
-    @property
-    def sha256(self) -> str:
-        if self._sha256 is None:
-            for _ in self.records():
-                pass
-        assert self._sha256 is not None
-        return self._sha256
+        self.sha256 = ""
 
     def records(self) -> Iterator[Item]:
         """Every record in order; a `Break`, when there is one, comes last.
@@ -84,7 +75,7 @@ class TraceFile:
             yield last if source.cut is None else replace(last, reason=f"{source.cut}: {last.reason}")
         elif source.cut is not None:
             yield Break(self.path, window.end + rest, last.position + 1 if last else 0, source.cut)
-        self._sha256 = source.sha256
+        self.sha256 = source.sha256
 
     def _rows(self) -> Iterator[Item]:
         path = self._file.path
@@ -98,7 +89,7 @@ class TraceFile:
                 yield from parquet_records(self.path, stream, lambda share: self._report(int(share * size)))
         except OSError as error:
             raise PipelineError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
-        self._sha256 = digest
+        self.sha256 = digest
 
     def _report(self, done: int) -> None:
         if self._progress:
@@ -130,7 +121,7 @@ class Reading:
         sizes = [_size(file.path) for file in self.files]
         total, before = sum(sizes), 0
         for file, size in zip(self.files, sizes, strict=True):
-            opened = TraceFile(file, self._told(before, total))
+            opened = _TraceFile(file, self._told(before, total))
             yield from opened.records()
             self.hashes.append((file.path.name, opened.sha256))
             before += size
@@ -152,16 +143,6 @@ def open_traces(files: Sequence[SourceFile], progress: Progress | None = None) -
         PipelineError: a file cannot be read, is empty, or is not of the format that its name says.
     """
     return Reading(files, progress)
-
-
-def open_trace_file(path: Path) -> TraceFile:
-    """A single file; see `open_traces`."""
-    return TraceFile(SourceFile(Path(path), str(path)))
-
-
-def trace_files(location: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The local paths of the files that `location` names; see `sources.resolve`."""
-    return [file.path for file in resolve(location, origin="TRITON_SFT_TRACES")]
 
 
 def hash_location(location: str | Path | Sequence[str | Path], origin: str | None = None) -> str:

@@ -194,11 +194,10 @@ def _light_rows(batch: Any) -> list[dict[str, Any]]:
     """Rows in which the long texts are counted, and the code of a module is left in Arrow until somebody asks."""
     import pyarrow.compute as pc
 
-    length = [pc.fill_null(pc.utf8_length(batch[name]), 0) for name in ("reasoning", "triton_code")]
+    lengths = [pc.utf8_length(batch[name]).to_pylist() for name in ("reasoning", "triton_code")]
     light = batch.drop_columns(["reasoning", "triton_code", "pytorch_code"]).to_pylist()
-    total = pc.add(*length).to_pylist()
     for index, row in enumerate(light):
-        row["characters"] = total[index]
+        row["characters"] = sum(length[index] or 0 for length in lengths)
         row["pytorch_code"] = batch["pytorch_code"][index]
     return light
 

@@ -116,3 +116,114 @@ def test_the_hash_of_problems_covers_keys_and_code_and_not_their_order() -> None
     assert hash_problems([first, second]) == hash_problems([second, first])
     others = ([first], [first, Problem("c", CODE)], [first, Problem("b", CODE.replace("torch.rand(", "torch.randn("))])
     assert hash_problems([first, second]) not in {hash_problems(other) for other in others}
+
+
+PLAIN = """import torch
+from torch import nn
+
+class Model(nn.Module):
+    INIT
+    def forward(self, x):
+        return torch.sigmoid(x)
+"""
+SAYS_SO = "def __init__(self):\n        super().__init__()\n"
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        "",
+        SAYS_SO.replace("super()", "super(Model, self)"),
+        SAYS_SO.replace("(self)", "(self) -> None"),
+        SAYS_SO.replace(":\n", ':\n        """Nothing to set up."""\n'),
+    ],
+)
+def test_an_init_that_only_calls_its_bases_does_not_change_the_fingerprint(init: str) -> None:
+    assert fingerprint(PLAIN.replace("INIT", init)) == fingerprint(PLAIN.replace("INIT", SAYS_SO))
+
+
+def test_a_plain_init_may_stand_after_what_it_makes_no_difference_to() -> None:
+    after = PLAIN.replace("    INIT\n", "") + f"\n    {SAYS_SO}"
+    assert fingerprint(after) == fingerprint(PLAIN.replace("INIT", SAYS_SO))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("        super().__init__()\n", "        super().__init__()\n        self.scale = 2\n"),
+        ("(self):\n        super", "(self, width):\n        super"),
+        ("(self):\n        super", "(self, width=4):\n        super"),
+        ("super().__init__()", "super().__init__(4)"),
+        ("super().__init__()", "pass"),
+    ],
+)
+def test_an_init_that_does_more_changes_the_fingerprint(old: str, new: str) -> None:
+    assert old in SAYS_SO
+    plain, more = (fingerprint(PLAIN.replace("INIT", init)) for init in (SAYS_SO, SAYS_SO.replace(old, new)))
+    assert plain != more
+
+
+def test_what_another_base_sets_up_is_not_guessed() -> None:
+    child = PLAIN.replace("nn.Module", "nn.Sequential")
+    assert fingerprint(child.replace("INIT", "")) != fingerprint(child.replace("INIT", SAYS_SO))
+
+
+INPUT = """import torch
+from torch import nn
+
+class Model(nn.Module):
+    def forward(self, x):
+        y = x.flatten(1)
+        return torch.stack([(lambda z: z + x)(row) for row in y]) - y
+"""
+
+
+def test_the_name_of_the_only_input_does_not_change_the_fingerprint() -> None:
+    assert fingerprint(INPUT.replace("x)", "input)").replace("x.", "input.")) == fingerprint(INPUT)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("def forward(self, a, x): return a - x", "def forward(self, x, a): return a - x"),
+        ("def forward(self, a): return a - x", "def forward(self, x): return x - x"),
+        ("def forward(self, a): x = a + 1; return a * x", "def forward(self, x): x = x + 1; return x * x"),
+        ("def forward(self, a=1): return a", "def forward(self, x=1): return x"),
+        ("def other(self, a): return a", "def other(self, x): return x"),
+    ],
+)
+def test_an_input_is_not_called_what_something_else_is_called(one: str, other: str) -> None:
+    start = INPUT[: INPUT.index("def forward")]
+    assert fingerprint(f"{start}{one}\n") != fingerprint(f"{start}{other}\n")
+
+
+def test_the_two_gelus_of_the_usual_problem_sets_are_one_problem() -> None:
+    kernelbook = """import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim
+
+class GELU(nn.Module):
+    \"\"\"Applies the Gaussian error linear unit.\"\"\"
+
+    def forward(self, input):
+        return F.gelu(input)
+
+def get_inputs():
+    return [torch.rand([4, 4, 4, 4])]
+"""
+    kernelbench = """import torch
+import torch.nn as nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super(Model, self).__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x)
+
+batch_size = 4096
+
+def get_inputs():
+    return [torch.rand(batch_size, 393216)]
+"""
+    assert fingerprint(kernelbook) == fingerprint(kernelbench)

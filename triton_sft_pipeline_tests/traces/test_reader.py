@@ -16,14 +16,15 @@ import pytest
 import zstandard
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.traces.reader import Break, hash_location, open_trace_file, open_traces, trace_files
+from triton_sft_pipeline.traces.items import Break
+from triton_sft_pipeline.traces.reader import hash_location, open_traces
 from triton_sft_pipeline.traces.record import Malformed, RawRecord
 from triton_sft_pipeline.traces.sources import resolve
 
 
 def read(path: Path, data: bytes | str) -> list[Any]:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return list(open_trace_file(path).records())
+    return list(open_traces(resolve(path)))
 
 
 def values(items: list[Any]) -> list[Any]:
@@ -170,24 +171,24 @@ def test_a_folder_gives_its_json_files_by_name_and_nothing_else(tmp_path: Path) 
     for name in ["b.json", "a.jsonl", "C.JSON", ".tmp-x.json", "notes.txt"]:
         (tmp_path / name).write_text("[]")
     (tmp_path / "sub.json").mkdir()
-    assert [p.name for p in trace_files(tmp_path)] == ["C.JSON", "a.jsonl", "b.json"]
+    assert [file.path.name for file in resolve(tmp_path)] == ["C.JSON", "a.jsonl", "b.json"]
 
 
 def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("[]")
     with pytest.raises(PipelineError, match=r"the folder holds no \.json or \.jsonl file"):
-        trace_files(tmp_path)
+        resolve(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["none.json", "none/deeper.json"])
 def test_a_file_that_is_not_there_is_named_and_the_variable_too(tmp_path: Path, name: str) -> None:
     with pytest.raises(PipelineError, match=rf"{name}: no such file or folder\. Set TRITON_SFT_TRACES"):
-        trace_files(tmp_path / name)
+        resolve(tmp_path / name, origin="TRITON_SFT_TRACES")
 
 
 def test_a_name_that_no_file_can_have_is_an_error_for_a_person(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="cannot be read"):
-        trace_files(tmp_path / ("x" * 300))
+        resolve(tmp_path / ("x" * 300))
 
 
 def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
@@ -195,8 +196,7 @@ def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
     os.write(writing, b'[{"a": 1}]')
     os.close(writing)
     try:
-        [path] = trace_files(Path(f"/dev/fd/{reading}"))
-        assert values(list(open_trace_file(path).records())) == [{"a": 1}]
+        assert values(list(open_traces(resolve(Path(f"/dev/fd/{reading}"))))) == [{"a": 1}]
     finally:
         os.close(reading)
 
@@ -206,7 +206,8 @@ def test_the_hash_of_a_location_follows_its_content(tmp_path: Path) -> None:
     one.mkdir()
     (one / "a.json").write_text("[]")
     alone = hash_location(one / "a.json")
-    assert hash_location(one) == alone == open_trace_file(one / "a.json").sha256
+    reading = open_traces(resolve(one))
+    assert list(reading) == [] and hash_location(one) == alone == reading.source_hash
     one.rename(tmp_path / "moved")
     assert hash_location(tmp_path / "moved") == alone
     (tmp_path / "moved" / "b.json").write_text("[]")
@@ -255,12 +256,12 @@ def test_a_parquet_file_gives_its_rows_as_the_json_they_stand_for(tmp_path: Path
     ]
     table = pa.Table.from_pylist([{**row, "timestamp": datetime.datetime(2026, 1, 2, 3, 4)} for row in rows])
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=70)
-    file = open_trace_file(tmp_path / "t.parquet")
-    items = list(file.records())
+    reading = open_traces(resolve(tmp_path / "t.parquet"))
+    items = list(reading)
     assert values(items) == [{**row, "timestamp": "2026-01-02T03:04:00"} for row in rows]
     assert [item.position for item in items] == list(range(200))
     assert all(json.loads(item.raw) == item.value for item in items if isinstance(item, RawRecord))
-    assert file.sha256 == hash_location(tmp_path / "t.parquet")
+    assert reading.source_hash == hash_location(tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
