@@ -30,8 +30,7 @@ def progress_bar(
             by this run alone.
     """
     hidden = not (on_a_terminal() if show is None else show)
-    options = {"unit": unit, "unit_scale": unit == "B"}
-    with tqdm(desc=what, disable=hidden, dynamic_ncols=True, leave=False, **options) as bar:
+    with tqdm(desc=what, disable=hidden, dynamic_ncols=True, leave=False, unit=unit, unit_scale=unit == "B") as bar:
         started = not resumes
 
         def update(done: int, total: int) -> None:
