@@ -174,7 +174,9 @@ def test_no_number_is_asked_of_the_device_for_the_loss(trainer: Any, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("compute_loss_func", lambda *_, **__: torch.zeros(())), ("aux_loss_enabled", True)], ids=str
+    ("name", "value"),
+    [("compute_loss_func", lambda *_, **__: torch.zeros(())), ("aux_loss_enabled", True)],
+    ids=["a loss function of one's own", "an auxiliary loss"],
 )
 def test_another_loss_is_left_to_the_inherited_path(
     trainer: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
