@@ -261,7 +261,10 @@ def main() -> int:
     results = [measure(form, given.megabytes, given.runs) for form in forms]
     print("\n\n".join(table(result) for result in results))
     if given.json:
-        given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        # Imported here: a reader's process, whose memory is measured, writes nothing.
+        from triton_sft_pipeline.files import write_json
+
+        write_json(given.json, results)
     ours = [row for result in results for row in result["readers"] if row["reader"] == OURS]
     return 0 if all(row.get("problem") is None for row in ours) else 1
 

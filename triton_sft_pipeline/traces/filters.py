@@ -1,4 +1,4 @@
-"""Which traces are kept, and the first reason of each that is not. Pure: traces in, kept and dropped out.
+"""Which traces are kept, and the first reason of each that is not. Pure: a trace in, a reason or nothing out.
 
 A step is a name and a function that says what is wrong with a trace, or nothing. The name is the reason that the funnel
 counts. Each step here looks at one trace alone; what compares traces is in `duplicates`, `selection` and
@@ -7,7 +7,7 @@ counts. Each step here looks at one trace alone; what compares traces is in `dup
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from triton_sft_pipeline.traces.answers import loop, refusal, unreadable
@@ -28,19 +28,6 @@ class Dropped:
     trace: Trace
     reason: str
     detail: str
-
-
-def filter_traces(traces: Iterable[Trace], steps: list[Step]) -> tuple[list[Trace], list[Dropped]]:
-    """Split traces into kept and dropped, both in the order of the input."""
-    kept: list[Trace] = []
-    dropped: list[Dropped] = []
-    for trace in traces:
-        refused = first_refusal(trace, steps)
-        if refused is None:
-            kept.append(trace)
-        else:
-            dropped.append(Dropped(trace, *refused))
-    return kept, dropped
 
 
 def first_refusal(trace: Trace, steps: list[Step]) -> tuple[str, str] | None:

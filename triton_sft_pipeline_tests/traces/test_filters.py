@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.traces.filters import filter_traces, label_steps, quality_steps
+from triton_sft_pipeline.traces.filters import first_refusal, label_steps, quality_steps
 from triton_sft_pipeline.traces.record import RawRecord, Trace, parse_record
 from triton_sft_pipeline.traces.settings import FilterSettings
 from triton_sft_pipeline_tests.traces.records import KERNEL, MODULE, labelled, record
@@ -23,9 +23,7 @@ def trace(value: Any) -> Trace:
 
 def refusal(value: Any, settings: FilterSettings, quality: bool = False) -> tuple[str, str] | None:
     steps = label_steps(settings) + (quality_steps(settings) if quality else [])
-    kept, dropped = filter_traces([trace(value)], steps)
-    assert len(kept) + len(dropped) == 1
-    return None if kept else (dropped[0].reason, dropped[0].detail)
+    return first_refusal(trace(value), steps)
 
 
 def reason(value: Any, **settings: Any) -> str | None:

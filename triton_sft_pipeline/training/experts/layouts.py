@@ -87,18 +87,8 @@ def require_known_experts(model: nn.Module, config: Any, name: str) -> None:
     )
 
 
-def released_names(config: Any, layout: ExpertLayout) -> set[str]:
-    """Every tensor name of the released checkpoint, with one matrix for each expert.
-
-    Args:
-        config: the model's config.
-        layout: its architecture's layout.
-    """
-    return set(released_shapes(config, layout))
-
-
 def released_shapes(config: Any, layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the released checkpoint.
+    """Name and shape of every tensor of the released checkpoint, with one matrix for each expert.
 
     Args:
         config: the model's config.

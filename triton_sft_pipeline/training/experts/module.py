@@ -15,6 +15,7 @@ from torch import nn
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.training.experts import nf4
+from triton_sft_pipeline.training.fast import twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,15 +189,6 @@ class PackedExperts(nn.Module):
         buffer._is_hf_initialized = True
         self.register_buffer(name, buffer, persistent=True)
 
-    def pack_in_place(self) -> None:
-        """Pack float parameters, one expert at a time, on the device they lie on."""
-        for name in PROJECTIONS:
-            if self._is_packed(name):
-                continue
-            weights = self.get_parameter(name).data
-            for expert in range(self.num_experts):
-                self.install(name, expert, nf4.pack(weights[expert], self.quant_type, self.double_quant))
-
     def fill_random(self, generator: torch.Generator, std: float = 0.02) -> None:
         """Become packed experts of random numbers, on the generator's device, without ever holding float ones.
 
@@ -207,7 +199,7 @@ class PackedExperts(nn.Module):
             std: standard deviation of the weights, about.
         """
         device = generator.device
-        scale = std / float(nf4.code_table(self.quant_type, device).square().mean().sqrt())
+        scale = std / float(twins.code_tables(self.quant_type, device)[0].square().mean().sqrt())
         for name in PROJECTIONS:
             self._make_packed(name, device)
             self.get_parameter(name).data.random_(0, 256, generator=generator)

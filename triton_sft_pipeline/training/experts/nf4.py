@@ -8,20 +8,17 @@ Layout and numbers are those of `bitsandbytes.functional.quantize_4bit`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.training.fast import ops
 
 BLOCK = 64
 """Numbers that share one scale."""
 NESTED_BLOCK = 256
 """Scales that share one scale of their own, with double quantisation."""
-
-_OPERATOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -92,55 +89,7 @@ def unpack(
     Returns:
         [E, out, in], `out` when it was given.
     """
-    if dtype not in _OPERATOR_DTYPES:
-        weights = unpack(codes, absmax, nested, offset, quant_type, torch.float32)
-        return weights.to(dtype) if out is None else out.copy_(weights)
     experts, rows, half = codes.shape
-    if codes.is_cuda:
-        # Imported here: on the CPU nothing of the GPU's kernels is needed.
-        from triton_sft_pipeline.training.fast.ops import dequantize
-
-        if out is None:
-            out = torch.empty((experts, rows, half * 2), dtype=dtype, device=codes.device)
-        return dequantize(codes, absmax, nested, offset, quant_type, out)
-    scales = _scales(absmax, nested, offset)
-    weights = torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes.reshape(-1, 1), scales.reshape(-1), BLOCK, quant_type, (experts * rows, half * 2), dtype
-    ).view(experts, rows, half * 2)
-    return weights if out is None else out.copy_(weights)
-
-
-def _scales(absmax: torch.Tensor, nested: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
-    """The float32 scale of every block, [E, nb]."""
-    if nested is None or offset is None:
-        return absmax
-    blocks = absmax.shape[1]
-    # Multiplied first, then added, each rounded by itself: as bitsandbytes does, and not the same as one fused step.
-    scaled = scale_table(absmax.device)[absmax.long()] * nested.repeat_interleave(NESTED_BLOCK, 1)[:, :blocks]
-    return scaled + offset[:, None]
-
-
-@cache
-def scale_table(device: torch.device) -> torch.Tensor:
-    """The 256 numbers, float32 in [-1, 1], that an 8-bit scale stands for (bitsandbytes' dynamic map)."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map().to(device)
-
-
-@cache
-def code_table(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 numbers, float32 in [-1, 1], that a 4-bit code stands for."""
-    from bitsandbytes.functional import get_4bit_type
-
-    table: torch.Tensor = get_4bit_type(quant_type, device=device)
-    return table
-
-
-def packed_bytes(shape: tuple[int, ...], double: bool = True) -> int:
-    """Bytes that matrices of `shape` ([out, in], or [E, out, in] packed one by one) take with all their scales."""
-    matrices, numbers = math.prod(shape[:-2]), shape[-2] * shape[-1]
-    blocks = numbers // BLOCK
-    if not double:
-        return matrices * (numbers // 2 + 4 * blocks)
-    return matrices * (numbers // 2 + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4)
+    if out is None:
+        out = torch.empty((experts, rows, half * 2), dtype=dtype, device=codes.device)
+    return ops.dequantize(codes, absmax, nested, offset, quant_type, out)

@@ -1,5 +1,4 @@
-"""Triton kernels that turn 4-bit codes into weights: one pass, 0.516 bytes read and 2 written for each weight, or for
-large stacks the scales alone, for bitsandbytes' own kernel to use."""
+"""The Triton kernel that turns 4-bit codes into weights: one pass, 0.516 bytes read and 2 written for each weight."""
 
 # The arguments of a kernel are written in Triton, where only constants are annotated.
 # mypy: disable-error-code="no-untyped-def"
@@ -18,9 +17,6 @@ from triton_sft_pipeline.training.fast import twins
 BLOCKS = 64
 """Blocks of 64 weights for each program: with WARPS warps, 4 words of 8 weights for each thread."""
 WARPS = 4
-LIBRARY_FROM = 1 << 62
-"""Weights of a stack from which on bitsandbytes' kernel serves, with scales made here; 1 << 62 for never. It writes
-rows without gaps only, and counts weights in 32 bits."""
 SHUFFLE = os.environ.get("TRITON_INTERPRET") != "1"
 """Look a code up in the neighbouring lane that holds its value, not in memory: half the instructions. Triton's
 interpreter knows no lanes."""
@@ -78,38 +74,6 @@ def _dequantize(
         tl.store(out + first * 64 + word_at[:, None] * 8 + nibble, weight, mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _scales(absmax, nested, offset, code8, out, blocks, coarse_blocks, BLOCK: tl.constexpr):
-    expert = tl.program_id(1)
-    first = expert.to(tl.int64) * blocks
-    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = local < blocks
-    fine = tl.load(code8 + tl.load(absmax + first + local, mask=there, other=0).to(tl.int32))
-    coarse = tl.load(nested + expert * coarse_blocks + local // 256, mask=there, other=0.0)
-    tl.store(out + first + local, fine * coarse + tl.load(offset + expert), mask=there)
-
-
-def block_scales(absmax: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-    """The float32 scale of every block, flat, from absmax uint8 [E, nb], nested float32 [E, ceil(nb / 256)] and offset
-    float32 [E]: code8[absmax] * nested + offset, each operation rounded for itself, as bitsandbytes does."""
-    experts = offset.numel()
-    blocks = absmax.numel() // experts
-    out = torch.empty(absmax.numel(), dtype=torch.float32, device=absmax.device)
-    code8 = twins.code_tables("nf4", absmax.device)[1]
-    _scales[triton.cdiv(blocks, 1024), experts](
-        absmax, nested, offset, code8, out, blocks, triton.cdiv(blocks, 256), 1024, enable_fp_fusion=False
-    )
-    return out
-
-
-def _by_library(codes: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> Tensor:
-    flat = out.view(-1, out.shape[-1])
-    torch.ops.bitsandbytes.dequantize_4bit.out(
-        codes.view(-1, 1), scales.reshape(-1), 64, quant_type, flat.shape, out.dtype, out=flat
-    )
-    return out
-
-
 def dequantize(
     codes: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, quant_type: str, out: Tensor
 ) -> Tensor:
@@ -119,9 +83,6 @@ def dequantize(
     if columns % 64 or not even or not codes.is_contiguous() or codes.storage_offset() % 4:
         return twins.dequantize(codes, absmax, nested, offset, quant_type, out)
     double = nested is not None and offset is not None
-    if codes.is_cuda and LIBRARY_FROM <= out.numel() < 2**31 and out.is_contiguous():
-        scales = block_scales(absmax, nested, offset) if nested is not None and offset is not None else absmax
-        return _by_library(codes, scales, quant_type, out)
     code4, code8 = twins.code_tables(quant_type, codes.device)
     experts = out.shape[0] if stacked else 1
     blocks = out.numel() // (64 * experts)

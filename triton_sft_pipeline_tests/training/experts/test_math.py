@@ -15,6 +15,7 @@ from triton_sft_pipeline.training.experts import math
 from triton_sft_pipeline.training.experts.math import Factors, Routes, experts, grouped, route
 from triton_sft_pipeline.training.experts.module import PROJECTIONS, ExpertStorage, PackedExperts
 from triton_sft_pipeline.training.fast import ops
+from triton_sft_pipeline_tests.training.experts.packed import pack_in_place
 
 EXPERTS, CHOSEN, HIDDEN, INTERMEDIATE, RANK, TOKENS = 8, 2, 64, 64, 2, 40
 IDLE = 3
@@ -28,7 +29,7 @@ def new_experts(dtype: torch.dtype = torch.float32, *, packed: bool = False, hid
     for parameter in module.parameters():
         parameter.data.normal_(std=0.1)
     if packed:
-        module.pack_in_place()
+        pack_in_place(module)
     return module
 
 

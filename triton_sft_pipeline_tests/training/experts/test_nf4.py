@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.training import memory
 from triton_sft_pipeline.training.experts import nf4
 from triton_sft_pipeline.training.experts.module import ExpertStorage, PackedExperts
+from triton_sft_pipeline.training.fast import twins
+from triton_sft_pipeline_tests.training.experts.packed import pack_in_place
 
 EXPERTS, ROWS, COLUMNS = 5, 96, 192
 
@@ -87,7 +90,7 @@ def test_the_first_number_of_a_pair_is_in_the_high_half_of_its_byte() -> None:
     weight = torch.zeros(1, 64)
     weight[0, 0], weight[0, 1] = 1.0, -1.0
     codes = nf4.pack(weight, double=False).codes
-    table = nf4.code_table("nf4", weight.device)
+    table = twins.code_tables("nf4", weight.device)[0]
     assert table[int(codes[0, 0]) >> 4] == 1.0
     assert table[int(codes[0, 0]) & 15] == -1.0
 
@@ -101,7 +104,7 @@ def test_rows_that_blocks_do_not_divide_are_refused_with_the_fix() -> None:
 def test_the_bytes_foretold_are_the_bytes_taken(weights: torch.Tensor, double: bool) -> None:
     stacked = _stacked([nf4.pack(expert, double=double) for expert in weights])
     taken = sum(each.numel() * each.element_size() for each in stacked if each is not None)
-    assert nf4.packed_bytes((EXPERTS, ROWS, COLUMNS), double) == taken
+    assert EXPERTS * memory.quantised_bytes(ROWS, COLUMNS, double) == taken
 
 
 def _experts(double: bool = True) -> PackedExperts:
@@ -118,7 +121,7 @@ def test_a_module_packed_in_place_gives_back_its_weights_expert_by_expert(double
     module = _experts(double)
     before = {name: module.weight(name).clone() for name in ("gate_up_proj", "down_proj")}
     assert not module.is_packed
-    module.pack_in_place()
+    pack_in_place(module)
     assert module.is_packed
     assert not any(parameter.requires_grad for parameter in module.parameters())
     for name, weight in before.items():
@@ -131,7 +134,7 @@ def test_a_module_packed_in_place_gives_back_its_weights_expert_by_expert(double
 
 def test_casting_a_model_leaves_codes_and_scales_as_they_are() -> None:
     module = _experts()
-    module.pack_in_place()
+    pack_in_place(module)
     before = {name: module.weight(name) for name in ("gate_up_proj", "down_proj")}
     state = {name: value.clone() for name, value in module.state_dict().items()}
     torch.nn.Sequential(module).to(torch.bfloat16)

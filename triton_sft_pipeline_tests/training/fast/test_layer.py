@@ -16,6 +16,7 @@ from triton_sft_pipeline.training.experts.math import Factors
 from triton_sft_pipeline.training.fast import twins
 from triton_sft_pipeline.training.fast.install import fused_passes, make_fast, make_plain
 from triton_sft_pipeline.training.fast.parts import SEEDS
+from triton_sft_pipeline_tests.training.experts.packed import pack_in_place
 from triton_sft_pipeline_tests.training.fast.models import (
     assert_equal,
     double_precision,
@@ -227,8 +228,8 @@ def _in_four_bits(*, double: bool = True, dropout: float = 0.0) -> Any:
             packed.load_state_dict(module.state_dict())
             base.set_submodule(name, packed.to("cpu"))
     for layer in base.model.layers[1:]:
-        layer.mlp.experts.double = double
-        layer.mlp.experts.pack_in_place()
+        layer.mlp.experts.double_quant = double
+        pack_in_place(layer.mlp.experts)
     base.is_loaded_in_4bit = True
     return with_adapters(base, torch.float32, dropout)
 

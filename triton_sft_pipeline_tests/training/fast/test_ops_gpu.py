@@ -31,17 +31,8 @@ def test_a_kernel_computes_what_its_twin_does_on_the_gpu(case: str, size: str) -
     CASES[case](SIZES[size])
 
 
-@pytest.mark.parametrize("size", ["trinity", "small-2"])
-def test_weights_of_the_librarys_kernel_are_the_same(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    """The stacks of the other cases are too small for it."""
-    for serves in (1, 1 << 62):
-        monkeypatch.setattr(kernels_nf4, "LIBRARY_FROM", serves)
-        CASES["weights"](SIZES[size])
-
-
 def test_weights_looked_up_in_memory_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_nf4, "SHUFFLE", False)
-    monkeypatch.setattr(kernels_nf4, "LIBRARY_FROM", 1 << 62)
     CASES["weights"](TRINITY)
 
 
@@ -69,9 +60,7 @@ def test_no_operation_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("serves", [1, 1 << 62])
-def test_captured_operations_draw_new_masks_from_a_new_seed(monkeypatch: pytest.MonkeyPatch, serves: int) -> None:
-    monkeypatch.setattr(kernels_nf4, "LIBRARY_FROM", serves)
+def test_captured_operations_draw_new_masks_from_a_new_seed() -> None:
     x, index, seed = TRINITY.normal(256, 2048), TRINITY.index()[:256], torch.tensor([3], device="cuda")
     codes, absmax, nested, offset, _ = kernel_cases._codes(TRINITY, 2, 128, 2048)
     weight = torch.empty(2, 128, 2048, dtype=torch.bfloat16, device="cuda")
