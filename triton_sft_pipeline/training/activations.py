@@ -19,6 +19,9 @@ cannot be imported without torch."""
 _HEAD_ROWS, _HEAD_COLUMNS = 4096, 32768
 """Tokens and words of one tile of logits: TRL's loss makes no larger piece of them."""
 
+_ONE_PASS = 2**29
+"""Bytes of logits that are there at once where the loss is computed in one pass (`fast.head.TILE_BYTES`)."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -40,6 +43,7 @@ class Activations:
     moe: int
     chosen: int
     expert_r: int
+    vocabulary: int
     fused: bool
     recomputed: bool
 
@@ -66,6 +70,7 @@ class Activations:
         return cls(
             tokens=tokens,
             width=width,
+            vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             attention=sum(rows for leaf, rows in sizes.items() if leaf not in ("o_proj", "mlp")),
@@ -117,5 +122,7 @@ class Activations:
 
     def head(self) -> int:
         """A tile of logits, the hidden states that are scored and their gradient, which is summed in float32."""
-        tile = min(self.tokens, _HEAD_ROWS) * _HEAD_COLUMNS * self.width
+        tile = min(self.tokens, _HEAD_ROWS) * min(self.vocabulary, _HEAD_COLUMNS) * self.width
+        if self.fused:
+            tile = min(self.tokens * self.vocabulary * self.width, _ONE_PASS)
         return tile + self.tokens * self.hidden * (2 * self.width + 4)

@@ -24,10 +24,12 @@ class BatchFacts:
     Attributes:
         tokens: tokens of the batch without padding.
         padded_behind: whether padding, if any, stands behind each row's tokens.
+        labels: the labels [rows, tokens], still on the host; None for a batch without.
     """
 
     tokens: int
     padded_behind: bool
+    labels: torch.Tensor | None = None
 
 
 def with_facts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -44,10 +46,10 @@ def with_facts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict
 def facts_of(batch: dict[str, Any]) -> BatchFacts:
     """The facts of a batch that is still on the host; it has `input_ids` [rows, tokens] and, where rows are padded, an
     `attention_mask` [rows, tokens]."""
-    mask = batch.get("attention_mask")
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
     if mask is None:
-        return BatchFacts(int(batch["input_ids"].numel()), True)
-    return BatchFacts(int(mask.sum()), padded_behind(mask))
+        return BatchFacts(int(batch["input_ids"].numel()), True, labels)
+    return BatchFacts(int(mask.sum()), padded_behind(mask), labels)
 
 
 def padded_behind(mask: torch.Tensor) -> bool:

@@ -160,7 +160,11 @@ def load_adapter_weights(peft_model: PeftModel, directory: Path) -> None:
                 raise PipelineError(
                     f"{path}: {name} is {tuple(saved[name].shape)}, the base model needs {tuple(parameter.shape)}."
                 )
-            parameter.data = saved[name].to(parameter.device)
+            if parameter.dtype == saved[name].dtype:
+                # In place: an optimiser may hold the very memory.
+                parameter.copy_(saved[name])
+            else:
+                parameter.data = saved[name].to(parameter.device)
 
 
 def stock_form(config: LoraConfig, model: Any) -> LoraConfig:

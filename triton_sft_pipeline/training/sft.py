@@ -17,6 +17,8 @@ from triton_sft_pipeline.training.lora import load_adapter_weights
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
+    from triton_sft_pipeline.training.fast.flat import FlatWeights
+
 OnLog = Callable[[int, dict[str, float]], None]
 OnStep = Callable[[int, int], bool]
 
@@ -32,6 +34,8 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
         for metrics only where a log line is due."""
 
         fast_layers = 0
+        one_pass_head = False
+        flat: FlatWeights | None = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -54,9 +58,15 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
             return self.args.loss_type == "nll" and self.accelerator.parallelism_config is None
 
         def _training_loss(self, model: Any, inputs: dict[str, Any], facts: BatchFacts, items: Any) -> torch.Tensor:
-            """The inherited loss to the bit; metrics stay on the device until they are logged."""
+            """The inherited loss, to the bit but for a head in one pass; metrics stay on the device until they are
+            logged."""
+            trained = {}
+            if self.one_pass_head and facts.labels is not None:
+                from triton_sft_pipeline.training.fast.head import trained_tokens
+
+                trained["trained"] = trained_tokens(facts.labels).to(self.args.device)
             with _padding_known(self.model, facts.padded_behind) if self.fast_layers else contextlib.nullcontext():
-                outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+                outputs = model(**{**inputs, "use_cache": False}, fused_lm_head=True, **trained)
             valid = outputs.label_mask.sum()
             losses = -outputs.log_probs
             loss: torch.Tensor = losses.sum() / torch.as_tensor(valid if items is None else items).clamp(min=1)
@@ -96,6 +106,14 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
             if self._flos_a_token is None:
                 self._flos_a_token = super().floating_point_ops({"input_ids": inputs["input_ids"][:1, :1]})
             return self._flos_a_token * int(inputs["input_ids"].numel())
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            if getattr(self, "optimizer", None) is None and self.flat is not None:
+                make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                groups = [{"params": self.flat.parameters, "weight_decay": self.args.weight_decay}]
+                self.optimizer = make(groups, **options)
+                self.flat.before_each_step(self.optimizer)
+            return super().create_optimizer(model)
 
         @staticmethod
         def get_optimizer_cls_and_kwargs(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -205,7 +205,9 @@ def _build_trainer(
         data_collator=packing.collator(tokenizer.pad_token_id) if training_config.packing else None,
     )
     _cast_adapter(peft_model, dtype)
+    trainer.flat = _made_flat(trainer)
     trainer.fast_layers = _made_fast(peft_model, max(len(sample.input_ids) for sample in splits["train"]))
+    trainer.one_pass_head = bool(trainer.fast_layers) and _made_one_pass(peft_model)
     trainer.remove_callback(PrinterCallback)
     log_into(trainer, Path(arguments.output_dir) / "runs")
     return trainer
@@ -220,6 +222,26 @@ def _cast_adapter(model: Any, dtype: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
+
+
+def _made_flat(trainer: Any) -> Any:
+    """Join the adapter's weights for an 8-bit optimiser of bitsandbytes, where each step would take one at a time."""
+    import torch
+
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    if not torch.cuda.is_available() or "8bit" not in str(trainer.args.optim).lower():
+        return None
+    from triton_sft_pipeline.training.fast.flat import FlatWeights, can_be_flat
+
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    all_decayed = all(name in decayed for name, p in trainer.model.named_parameters() if p.requires_grad)
+    return FlatWeights(weights) if all_decayed and can_be_flat(weights) else None
+
+
+def _made_one_pass(model: Any) -> bool:
+    from triton_sft_pipeline.training.fast.head import add_one_pass_head
+
+    return add_one_pass_head(model)
 
 
 def _made_fast(model: Any, longest: int) -> int:

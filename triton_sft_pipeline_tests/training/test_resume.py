@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -262,3 +263,46 @@ def test_outside_the_main_thread_a_training_runs_without_handlers(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         assert_equal(pool.submit(setup.train, tmp_path).result(), trained)
+
+
+def test_a_training_with_joined_weights_is_the_same_and_resumes_to_the_bit(
+    setup: Setup, trained: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton_sft_pipeline.training import trainer as module
+    from triton_sft_pipeline.training.fast.flat import FlatWeights
+
+    def made_flat(trainer: Any) -> Any:
+        return FlatWeights([p for p in trainer.model.parameters() if p.requires_grad])
+
+    monkeypatch.setattr(module, "_made_flat", made_flat)
+    with pytest.raises(Died):
+        setup.train(tmp_path, on_log=at_step(5, die))
+    resumed = setup.train(tmp_path)
+    assert (resumed.resumed_from, resumed.steps) == (4, 6)
+    assert_equal(resumed, trained)
+
+
+def test_a_head_in_one_pass_learns_the_same(
+    setup: Setup, trained: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton_sft_pipeline.training import trainer as module
+
+    taught: list[bool] = []
+
+    def made_fast(model: Any, longest: int) -> int:
+        return 1
+
+    def made_one_pass(model: Any) -> bool:
+        from triton_sft_pipeline.training.fast.head import add_one_pass_head
+
+        taught.append(add_one_pass_head(model))
+        return taught[0]
+
+    monkeypatch.setattr(module, "_made_fast", made_fast)
+    monkeypatch.setattr(module, "_made_one_pass", made_one_pass)
+    monkeypatch.setattr("triton_sft_pipeline.training.sft._padding_known", lambda *_: contextlib.nullcontext())
+    run = setup.train(tmp_path)
+    assert taught == [True]
+    for key in ("loss", "eval_loss", "entropy", "mean_token_accuracy"):
+        found, expected = ([entry[key] for entry in r.log_history if key in entry] for r in (run, trained))
+        assert found == pytest.approx(expected, rel=1e-3, abs=2e-3), key

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from triton_sft_pipeline.training.fast.flat import place_of
 from triton_sft_pipeline.training.fast.layer import LayerCall, backward_pass, forward_pass
 
 LENGTHS = 8
@@ -93,7 +94,7 @@ class StackGraphs:
         self._make_calls = make_calls
         self._seeds = torch.zeros(seeds_shape, dtype=torch.int64, device=device)
         self._longest = longest
-        self._gradients = [[None if p is None else torch.zeros_like(p) for p in layer] for layer in parameters]
+        self._gradients = [[None if p is None else place_of(p) for p in layer] for layer in parameters]
         self.pairs = [
             (p, g)
             for layer, places in zip(parameters, self._gradients, strict=True)
@@ -143,7 +144,7 @@ class StackGraphs:
         elsewhere, cleared = [], []
         for p, place in self.pairs:
             grad = p.grad
-            if grad is place:
+            if grad is place or (grad is not None and grad.data_ptr() == place.data_ptr()):
                 continue
             elsewhere.append((p, place))
             if grad is None:
