@@ -5,25 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triton_sft_pipeline.adapters import adapter_settings
 from triton_sft_pipeline.config import (
     TRACES_SETTING,
     Config,
     load_config,
-    recorded_config,
     storage_root,
     traces_location,
 )
-from triton_sft_pipeline.errors import GateError, PipelineError
+from triton_sft_pipeline.errors import GateError, PipelineError, StepError
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from peft import LoraConfig
     from trl import SFTConfig
 
+    from triton_sft_pipeline.evaluation.infer import Inference
+    from triton_sft_pipeline.progress import Progress
     from triton_sft_pipeline.traces import Trace
     from triton_sft_pipeline.training.trainer import TrainingRun
 
@@ -216,56 +218,84 @@ def train(
     )
 
 
-def inference(pytorch_code: str, adapter: str | Path | None = None) -> str:
+def inference(
+    pytorch_code: str,
+    adapter: str | Path | None = None,
+    *,
+    best_of: int = 1,
+    temperature: float | None = None,
+    device: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> str:
     """Ask the tuned model for a kernel.
 
     Args:
         pytorch_code: a PyTorch module.
         adapter: directory of an adapter; default the current `lora_adapter`.
+        best_of: answers to generate. Of several the judge chooses the fastest correct kernel; one is not judged.
+        temperature: 0 takes the likeliest tokens; default the preset's, and 0.7 for several answers.
+        device: where several answers are judged: "cuda", "cpu" (Triton's interpreter, without speeds: the first correct
+            one is chosen) or "auto"; default the preset's.
+        on_text: called with the pieces of a single answer as they are generated.
+        progress: called with (steps done, steps in all); each of several answers is two steps.
 
     Returns:
-        `<think>...</think>` and `<triton>...</triton>`, as the model wrote it.
+        `<think>...</think>` and `<triton>...</triton>`, as the model wrote it. `answer` returns the same with the
+        kernel, its verdict and the other candidates.
 
     Raises:
         PipelineError: the code is no Python, there is no adapter, or its base model cannot be had.
+        StepError: of several answers none held, with the verdict on each; or memory is out.
     """
-    from triton_sft_pipeline.chat.prompt import user_message
-    from triton_sft_pipeline.evaluation import generate
-    from triton_sft_pipeline.training.model import load_model_and_tokenizer as load
+    found = answer(
+        pytorch_code,
+        adapter,
+        best_of=best_of,
+        temperature=temperature,
+        device=device,
+        on_text=on_text,
+        progress=progress,
+    )
+    if found.candidates and found.code is None:
+        verdicts = ", ".join(f"answer {c.sample} {c.verdict.verdict}" for c in found.candidates)
+        raise StepError(f"none of {best_of} answers holds a correct kernel: {verdicts}.")
+    return found.text
 
-    try:
-        compile(pytorch_code, "the PyTorch code", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        raise PipelineError(f"the PyTorch code is not valid Python: {error}.") from error
-    config, path = adapter_settings(Path(adapter) if adapter else None)
-    model, tokenizer = load(config.model, path)
-    one = config.evaluation.model_copy(update={"samples": 1})
-    return generate(model, tokenizer, [user_message(pytorch_code)], one)[0].text
 
+def answer(
+    pytorch_code: str,
+    adapter: str | Path | None = None,
+    *,
+    best_of: int = 1,
+    temperature: float | None = None,
+    device: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> Inference:
+    """`inference` with everything that is known about the answer: the kernel, its verdict, all candidates.
 
-def adapter_settings(adapter: Path | None) -> tuple[Config, Path]:
-    """The configuration to load an adapter with, and its directory.
-
-    Args:
-        adapter: a directory; None: the current `lora_adapter`, with the configuration that it was trained with.
+    That none of several answers held is no error here: `code` and `verdict` are None, and `candidates` says why.
 
     Raises:
-        PipelineError: there is no such adapter.
+        PipelineError, StepError: as `inference`.
     """
-    from triton_sft_pipeline.files import read_json
-    from triton_sft_pipeline.storage import ArtifactStore
+    from contextlib import nullcontext
 
-    if adapter is None:
-        artifact = ArtifactStore(storage_root()).require("lora_adapter")
-        return recorded_config(artifact), artifact.path
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise PipelineError(f"{adapter}: no adapter there (adapter_config.json is missing).")
-    try:
-        base = read_json(path)["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PipelineError(f"{path}: not an adapter's configuration ({error!r}).") from error
-    return load_config(overrides={"model.base_model": base}), adapter
+    from triton_sft_pipeline.evaluation.infer import infer, infer_settings, open_judge, require_python
+    from triton_sft_pipeline.progress import on_a_terminal
+    from triton_sft_pipeline.training.adapter_fit import check_adapter_fits
+    from triton_sft_pipeline.training.model import load_model_and_tokenizer as load
+
+    require_python(pytorch_code)
+    config, path = adapter_settings(Path(adapter) if adapter else None)
+    settings = infer_settings(config.evaluation, best_of, temperature)
+    check_adapter_fits(path, config.model)
+    with open_judge(settings, device) if best_of > 1 else nullcontext() as judge:
+        model, tokenizer = load(config.model, path, progress=on_a_terminal())
+        return infer(
+            model, tokenizer, pytorch_code, settings, best_of=best_of, judge=judge, on_text=on_text, progress=progress
+        )
 
 
 def main(

@@ -14,6 +14,8 @@ from typing import Any
 import click
 
 from triton_sft_pipeline.cli_dataset import dataset
+from triton_sft_pipeline.cli_evaluation import compare, evaluate
+from triton_sft_pipeline.cli_infer import infer
 from triton_sft_pipeline.cli_options import PATH, configured
 from triton_sft_pipeline.cli_options import chosen_config as _config
 from triton_sft_pipeline.cli_training import merge
@@ -35,15 +37,16 @@ def cli() -> None:
     \b
     The whole pipeline, only what is stale:   triton-sft refresh
     One step at a time:                       triton-sft filter | dataset build
-                                              | train | evaluate | infer
-                                              | merge
+                                              | train | merge
+    Does the tuned model beat the base?       triton-sft evaluate | compare
+    One kernel for one module:                triton-sft infer softmax.py
     Are these kernels any good?               triton-sft verify traces.json
     What does the model learn from?           triton-sft dataset show 0
     """
 
 
-cli.add_command(merge)
-cli.add_command(dataset)
+for command in (compare, dataset, evaluate, infer, merge):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -268,84 +271,6 @@ def verify(
         _say(f"relabelled {relabel}")
     if refused:
         _fail(f"{len(refused)} could not be judged; they are named above.", 1)
-
-
-@cli.command()
-@click.option("--adapter", type=PATH, help="Adapter directory; without one the base model alone is evaluated.")
-@click.option("--problems", required=True, type=PATH, help="Folder of KernelBench-format files, or a .jsonl file.")
-@click.option("--samples", type=click.IntRange(min=1), help="Answers a problem (default: the preset's).")
-@click.option("--out", required=True, type=PATH, help="Directory to write the report to.")
-@configured
-def evaluate(
-    adapter: Path | None,
-    problems: Path,
-    samples: int | None,
-    out: Path,
-    preset: str | None,
-    config_file: Path | None,
-    sets: tuple[str, ...],
-) -> None:
-    """Generate kernels for PROBLEMS, judge them, and write a report.
-
-    Writes report.html, report.md and report.json, and the generations and verdicts behind them.
-    """
-    from triton_sft_pipeline.evaluation import write_report
-    from triton_sft_pipeline.evaluation.run import evaluate_splits
-    from triton_sft_pipeline.problems import hash_problems, load_problems
-    from triton_sft_pipeline.progress import progress_bar
-    from triton_sft_pipeline.resources import GPUResource, JudgeResource
-
-    config = _config(preset, config_file, (*sets, *([f"evaluation.samples={samples}"] if samples else [])))
-    asked = load_problems(problems)
-    if adapter and not (adapter / "adapter_config.json").is_file():
-        raise PipelineError(f"{adapter}: no adapter there (adapter_config.json is missing).")
-    facts = {"preset": config.preset, "base_model": config.model.base_model, "problems": str(problems)}
-    if adapter:
-        facts["adapter"] = str(adapter)
-    facts["problems_version"] = hash_problems(asked)
-    with (
-        GPUResource().model(config, adapter) as (model, tokenizer),
-        JudgeResource().open(config) as judge,
-        progress_bar("answers and verdicts") as progress,
-    ):
-        report = evaluate_splits(
-            model,
-            tokenizer,
-            {"held_out": asked},
-            config.evaluation,
-            judge=judge,
-            out=out,
-            facts=facts,
-            notes=[config.note],
-            has_adapter=adapter is not None,
-            progress=progress,
-        )
-    write_report(report, out)
-    _say(report["headline"])
-    _say(f"report  {out / 'report.html'}")
-
-
-@cli.command()
-@click.argument("file", type=click.File("rb"))
-@click.option("--adapter", type=PATH, help="Adapter directory (default: the current lora_adapter).")
-@click.option("--out", type=PATH, help="Also write the kernel to this file.")
-def infer(file: Any, adapter: Path | None, out: Path | None) -> None:
-    """Ask the tuned model for a kernel for FILE ('-': standard input)."""
-    from triton_sft_pipeline.api import inference
-    from triton_sft_pipeline.chat.prompt import parse_answer
-    from triton_sft_pipeline.files import atomic_write_text
-
-    try:
-        pytorch_code = file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PipelineError(f"{file.name}: not UTF-8 text ({error}).") from error
-    answer = inference(pytorch_code, adapter)
-    _say(answer)
-    code = parse_answer(answer).code
-    if out and code:
-        atomic_write_text(out, code + "\n")
-    if code is None:
-        _fail("the answer holds no kernel.", 1)
 
 
 def _say(text: str) -> None:

@@ -23,7 +23,8 @@ from triton_sft_pipeline.chat.settings import DatasetSettings
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.files import hash_json, sha256_file
-from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems, load_problems
+from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems
+from triton_sft_pipeline.problems.reading import ProblemSet, read_problems
 from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces.settings import FilterSettings
 from triton_sft_pipeline.traces.sources import is_remote
@@ -38,7 +39,7 @@ STEP_VERSIONS = {
     "chat_dataset": "1",
     "lora_adapter": "2",
     "merged_model": "1",
-    "evaluation_report": "2",
+    "evaluation_report": "3",
 }
 """Raised by whoever changes what a step makes out of the same input."""
 
@@ -149,13 +150,22 @@ def traces_location(environ: Mapping[str, str] = os.environ) -> str | Path:
     return named if is_remote(named) or os.pathsep in named else Path(named).expanduser().absolute()
 
 
+def held_out_set(config: Config) -> ProblemSet:
+    """The problems that nothing may be trained on, and what lies beside them that cannot be asked.
+
+    Raises:
+        PipelineError: there are none where the configuration says.
+    """
+    return read_problems(config.held_out, config.evaluation.levels)
+
+
 def held_out_problems(config: Config) -> list[Problem]:
     """The problems that nothing may be trained on.
 
     Raises:
         PipelineError: there are none where the configuration says.
     """
-    return load_problems(config.held_out)
+    return held_out_set(config).problems
 
 
 def held_out_fingerprints(config: Config) -> dict[str, str]:
@@ -167,7 +177,8 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
     """For each asset that this configuration makes, what it depends on beyond its inputs, in words that a person can
     compare.
     """
-    held_out = hash_problems(held_out_problems(config))
+    asked = held_out_set(config)
+    held_out = hash_problems(asked.problems)
     base = base_model_version(config.model.base_model, config.model.revision)
     dumped = config.model_dump(mode="json")
     # Where the base lies is no part of what it is: its content is, and that is hashed on its own.
@@ -190,6 +201,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
             "evaluation": dumped["evaluation"],
             "prompt": PROMPT_VERSION,
             "held_out": held_out,
+            "unusable": sorted(item.key for item in asked.unusable),
             "judge": JUDGE_VERSION,
             "note": config.note,
         },
@@ -316,7 +328,7 @@ def _validated(values: dict[str, Any], origin: str) -> Config:
 def _sentence(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{place}: {error['msg'].lower()} (found {error['input']!r})."
+        return f"{place}: {error['msg'].removeprefix('Value error, ').lower()} (found {error['input']!r})."
     *sections, field = error["loc"]
     known = _fields_of(sections)
     close = difflib.get_close_matches(str(field), known, n=1)

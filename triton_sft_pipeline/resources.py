@@ -122,29 +122,29 @@ class JudgeResource(dg.ConfigurableResource):
         default=None, description="Measure against torch.compile too; null: evaluation.compile_baseline."
     )
 
+    def settings(self, config: Config) -> dict[str, Any]:
+        """What the judge is made with: `config.evaluation` where this resource has nothing of its own."""
+        settings = config.evaluation
+        configured: dict[str, Any] = {
+            "device": settings.judge_device,
+            "workers": None,
+            "timeout_s": settings.judge_timeout_s,
+            "trials": settings.judge_trials,
+            "timing": settings.timing,
+            "compile_baseline": settings.compile_baseline,
+        }
+        return configured | {name: value for name in configured if (value := getattr(self, name)) not in (None, "")}
+
     @contextmanager
     def open(self, config: Config) -> Iterator[KernelJudge]:
-        """A judge with the settings of `config.evaluation` where this resource has none of its own; none of its
-        processes outlives the block.
+        """A judge with these settings; none of its processes outlives the block.
 
         Raises:
             PipelineError: a setting out of range, or no GPU where "cuda" was asked for.
         """
         from triton_sft_pipeline.verification import KernelJudge
 
-        settings = config.evaluation
-        configured: dict[str, Any] = {
-            "timeout_s": settings.judge_timeout_s,
-            "trials": settings.judge_trials,
-            "timing": settings.timing,
-            "compile_baseline": settings.compile_baseline,
-        }
-        own = {name: value for name in configured if (value := getattr(self, name)) is not None}
-        with KernelJudge(
-            device=self.device or settings.judge_device,
-            workers=self.workers,
-            **configured | own,
-        ) as judge:
+        with KernelJudge(**self.settings(config)) as judge:
             yield judge
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 
 import triton_sft_pipeline
 from triton_sft_pipeline import load_and_filter_traces, prepare_dataset
-from triton_sft_pipeline.api import adapter_settings, train_from_traces
+from triton_sft_pipeline.api import answer, train_from_traces
 from triton_sft_pipeline.chat.prompt import assistant_message, user_message
 from triton_sft_pipeline.config import load_config
-from triton_sft_pipeline.errors import GateError, PipelineError
+from triton_sft_pipeline.errors import GateError, PipelineError, StepError
+from triton_sft_pipeline.evaluation import Completion
+from triton_sft_pipeline.evaluation.infer import Candidate, Inference
+from triton_sft_pipeline.verification.verdict import Verdict
 from triton_sft_pipeline_tests.traces.records import MODULE, labelled, record, write_array
 
 NAMES = [
@@ -153,24 +157,60 @@ def test_a_held_out_problem_is_kept_out_of_the_whole_program(tmp_path: Path) -> 
         train_from_traces(config, write_array(tmp_path / "t.json", [record(100), record(101)]), tmp_path / "out")
 
 
-def test_an_adapter_that_is_not_there_is_an_error_for_a_person(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no adapter there"):
-        adapter_settings(tmp_path)
-    with pytest.raises(PipelineError, match="there is no current lora_adapter"):
-        adapter_settings(None)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What the functions that ask a model hand on: the loading is left out, and the answer is written in advance."""
+    seen: dict[str, Any] = {"found": Inference("<think>\n</think>", "def k(): pass"), "adapter": tmp_path}
 
+    def infer(model: Any, tokenizer: Any, code: str, settings: Any, **options: Any) -> Inference:
+        seen.update(code=code, settings=settings, **options)
+        return seen["found"]
 
-def test_an_adapter_brings_its_own_base_model(tmp_path: Path) -> None:
+    def load(settings: Any, adapter: Path, **options: Any) -> tuple[Any, Any]:
+        seen.update(loaded=(settings.base_model, adapter))
+        return None, None
+
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/else"}))
-    config, path = adapter_settings(tmp_path)
-    assert config.model.base_model == "somebody/else" and path == tmp_path
+    monkeypatch.setattr("triton_sft_pipeline.training.adapter_fit.check_adapter_fits", lambda adapter, model: None)
+    monkeypatch.setattr("triton_sft_pipeline.training.model.load_model_and_tokenizer", load)
+    monkeypatch.setattr("triton_sft_pipeline.evaluation.infer.infer", infer)
+    monkeypatch.setattr("triton_sft_pipeline.evaluation.infer.open_judge", lambda *given: nullcontext(("judge", given)))
+    return seen
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_damaged_adapter_is_an_error_for_a_person(tmp_path: Path, content: str) -> None:
-    (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(PipelineError, match=r"adapter_config\.json: not an adapter's configuration"):
-        adapter_settings(tmp_path)
+def test_inference_returns_the_text_of_one_answer_as_it_did(asked: dict[str, Any]) -> None:
+    assert triton_sft_pipeline.inference("x = 1", asked["adapter"]) == "<think>\n</think>"
+    assert asked["code"] == "x = 1" and asked["loaded"] == ("somebody/else", asked["adapter"])
+    assert (asked["best_of"], asked["judge"]) == (1, None) and asked["settings"].greedy
+
+
+def test_inference_has_the_options_of_the_command(asked: dict[str, Any]) -> None:
+    told: list[Any] = []
+    options: dict[str, Any] = {"on_text": told.append, "progress": lambda done, total, note="": None}
+    triton_sft_pipeline.inference("", str(asked["adapter"]), best_of=3, temperature=1.1, device="cpu", **options)
+    assert asked["judge"] == ("judge", (asked["settings"], "cpu")) and asked["best_of"] == 3
+    assert (asked["settings"].samples, asked["settings"].temperature) == (3, 1.1)
+    assert {name: asked[name] for name in options} == options
+
+
+def test_inference_fails_when_none_of_several_answers_held_and_answer_says_so(asked: dict[str, Any]) -> None:
+    verdicts = [Verdict("0", "unparsed", False, False), Verdict("1", "timeout", False, False)]
+    candidates = tuple(Candidate(Completion(0, n, "", 1, 1, "stop", 0.1), None, v) for n, v in enumerate(verdicts))
+    asked["found"] = Inference("no", None, None, candidates)
+    with pytest.raises(StepError, match="holds a correct kernel: answer 0 unparsed, answer 1 timeout"):
+        triton_sft_pipeline.inference("", asked["adapter"], best_of=2)
+    assert answer("", asked["adapter"], best_of=2) is asked["found"]
+
+
+def test_one_answer_without_a_kernel_is_returned_as_it_is(asked: dict[str, Any]) -> None:
+    asked["found"] = Inference("no", None)
+    assert triton_sft_pipeline.inference("", asked["adapter"]) == "no"
+
+
+def test_code_that_is_no_python_is_refused_before_a_model_is_loaded(asked: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError, match="the PyTorch code is not valid Python"):
+        triton_sft_pipeline.inference("def f(:", asked["adapter"])
+    assert "loaded" not in asked
 
 
 @pytest.mark.slow

@@ -88,9 +88,9 @@ def test_no_room_knows_dagster_or_who_calls_it(path: Path) -> None:
 @pytest.mark.parametrize(
     ("which", "allowed"),
     [
-        ("problems", {"problems", "errors", "files"}),
+        ("problems", {"problems", "errors", "files", "hub"}),
         ("verification", {"verification", "errors", "files"}),
-        ("traces", {"traces", "problems", "errors", "files"}),
+        ("traces", {"traces", "problems", "errors", "files", "hub"}),
         ("chat", {"chat", "traces", "errors", "files"}),
     ],
 )
@@ -103,6 +103,7 @@ def test_a_room_knows_those_that_the_design_lets_it_know(which: str, allowed: se
 def test_the_shared_modules_know_nobody() -> None:
     assert rooms_of(imported_by(PACKAGE / "errors.py")) == set()
     assert rooms_of(imported_by(PACKAGE / "files.py")) == set()
+    assert rooms_of(imported_by(PACKAGE / "hub.py")) == {"errors"}
     assert rooms_of(imported_by(PACKAGE / "progress.py")) == set()
     assert rooms_of(imported_by(PACKAGE / "processes.py")) == set()
     assert rooms_of(imported_by(PACKAGE / "storage.py")) == {"errors", "files", "processes"}

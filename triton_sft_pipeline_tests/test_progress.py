@@ -55,3 +55,16 @@ def test_a_hidden_bar_takes_every_call(capsys: pytest.CaptureFixture[str]) -> No
             update(0, 2)
             update(2, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_note_stands_in_place_of_rate_and_time_left_until_the_next_one(bars: list[Any]) -> None:
+    def drawn() -> str:
+        return bars[0].format_meter(**{**bars[0].format_dict, "elapsed": 301.0, "rate": None, "ncols": 80})
+
+    with progress.progress_bar("answers and verdicts", show=True) as update:
+        update(40, 160, "340 tokens/s, 2:05 of asking left")
+        assert drawn().endswith(" 40/160 [05:01, 340 tokens/s, 2:05 of asking left]") and len(drawn()) <= 80
+        update(41, 160)
+        assert " 41/160 [05:01, 340 tokens/s" in drawn()
+        update(120, 160, "judging")
+        assert drawn().endswith(" 120/160 [05:01, judging]")

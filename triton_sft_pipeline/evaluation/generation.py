@@ -1,4 +1,4 @@
-"""Asking a model: user messages in, completions out, in left-padded batches.
+"""Asking a model: user messages in, completions out, in batches.
 
 Knows nothing of kernels, problems or verdicts. The same loaded model answers with its adapter or, with the adapter
 switched off, as the base model.
@@ -7,22 +7,37 @@ switched off, as the base model.
 from __future__ import annotations
 
 import hashlib
-import time
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from triton_sft_pipeline.errors import PipelineError, StepError
+from triton_sft_pipeline.evaluation.decoding import Row, decode
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
+from triton_sft_pipeline.evaluation.stopping import REASONING_START, StopAtTriton
+from triton_sft_pipeline.evaluation.streaming import TextPieces
 from triton_sft_pipeline.training.threads import suitable_threads
 
-STOP = "</triton>"
-REASONING_START, REASONING_END = "<think>", "</think>"
-_TAIL_TOKENS = 32
-"""Tokens that are decoded to look for `STOP`: it is 9 bytes long, so 9 tokens would do for any tokenizer; the rest is
-margin.
-"""
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    Attributes:
+        index: position of the question in the caller's list; comes back in the completion.
+        sample: 0 for the first answer to that question, 1 for the second, ...
+        prompt: the user message, without any template.
+        seed: of the sampling; see `sampling.request_seed`.
+    """
+
+    index: int
+    sample: int
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -30,14 +45,13 @@ class Completion:
     """One answer.
 
     Attributes:
-        index: position of the prompt in the list that was asked.
-        sample: 0 for the first answer to that prompt, 1 for the second, ...
+        index: the request's.
+        sample: the request's.
         text: the answer, with the `<think>` that the generation prompt already held, without the end-of-turn token.
         prompt_tokens: tokens of the prompt.
         tokens: tokens that were generated, the end-of-turn token included.
         stopped: "stop" (`</triton>` was written), "eos" (the model ended its turn) or "length" (the limit was reached).
-        seconds: this answer's share of its batch's wall time, so that the sum over all answers is the time that was
-            spent.
+        seconds: this answer's share of the wall time, so that the sum over all answers is the time that was spent.
     """
 
     index: int
@@ -53,132 +67,214 @@ class Completion:
         return asdict(self)
 
 
+class Asker(Protocol):
+    """Whoever answers: a loaded model (`LocalAsker`) or a server."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Who can be asked: ("base",) or ("base", "tuned")."""
+        ...
+
+    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+        """Answer every request, in any order, and hand out each completion the moment it exists."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """JSON data that says who answers, for the provenance, and for knowing an earlier run of the same again."""
+        ...
+
+
+class LocalAsker:
+    """Asks a model that is loaded in this process; an `Asker`.
+
+    Args:
+        model: the loaded model, with the adapter when `has_adapter`.
+        tokenizer: its tokenizer.
+        settings: how answers are generated.
+        has_adapter: whether there is a tuned model beside the base.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: EvaluationSettings, has_adapter: bool) -> None:
+        self.models: tuple[str, ...] = ("base", "tuned") if has_adapter else ("base",)
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._weights: str | None = None
+
+    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+        """See `Asker.ask`; "base" is the same model with its adapter off."""
+        generate(
+            self._model,
+            self._tokenizer,
+            requests,
+            self._settings,
+            adapter_enabled=model == "tuned",
+            on_completion=on_completion,
+            on_smaller=self._remember,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """How it was asked, the batch size that fitted, and hashes of weights and chat template."""
+        # An adapter can be gigabytes: once is enough.
+        self._weights = self._weights or weights_fingerprint(self._model)
+        return {
+            "asked": "in process",
+            "batch_size": self._settings.batch_size,
+            "weights": self._weights,
+            "chat_template": _short_hash(str(getattr(self._tokenizer, "chat_template", None)).encode()),
+        }
+
+    def _remember(self, size: int) -> None:
+        # The next model is asked with what fitted this one: what does not fit is tried once.
+        self._settings = self._settings.model_copy(update={"batch_size": size})
+
+
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    requests: Sequence[Request],
     settings: EvaluationSettings,
     *,
     adapter_enabled: bool = True,
     on_completion: Callable[[Completion], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_smaller: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Answer every prompt `settings.samples` times.
+    """Answer every request.
 
-    Prompts of like length share a batch, the longest first, so that what does not fit into memory fails at once. Each
-    batch is seeded by itself, so an answer depends on the settings and the list of prompts alone; the caller's random
-    state, training mode and padding side are left as they were.
+    Prompts of like length share a batch, the longest first, so that what does not fit into memory is known at once. An
+    answer depends on its request and the settings alone, up to rounding: a matrix product may round differently in a
+    batch of another size. The caller's random state and training mode are left as they were.
+
+    A batch that does not fit into the GPU's memory is halved, and so are all that follow; answers that were finished
+    stay.
 
     Args:
         model: a transformers causal language model or a PEFT model around one.
         tokenizer: its tokenizer, with a chat template.
-        prompts: user messages, without any template.
+        requests: what is asked.
+        settings: of it, batch_size, max_new_tokens, temperature and top_p.
         adapter_enabled: False asks the base model, by switching the adapter of the same loaded model off. A model
             without an adapter is a base model already.
-        on_completion: called with each completion the moment it exists, in the order of generation.
-        progress: called with (answers done, answers in all) after each batch.
+        on_completion: called with each completion the moment it exists.
+        on_text: called with each piece of the answer as it appears; for exactly one request.
+        on_smaller: called with the new batch size when a batch was halved; a warning is logged in any case.
 
     Returns:
-        `len(prompts) * samples` completions, ordered by prompt and then by sample.
+        A completion for each request, ordered by index and then by sample.
 
     Raises:
-        PipelineError: the tokenizer has no chat template, or neither a padding nor an end token.
-        StepError: a batch does not fit into the GPU's memory.
+        PipelineError: the tokenizer has no chat template, or neither a padding nor an end token; or `on_text` for
+            another number of requests than one.
+        StepError: one answer alone does not fit into the GPU's memory.
     """
     import torch
 
-    rendered, lead = _render(tokenizer, prompts)
-    encoded: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), i))
-    jobs = [(index, sample) for index in order for sample in range(settings.samples)]
+    if on_text and len(requests) != 1:
+        raise PipelineError(f"text can be shown as it appears for one answer at a time, not for {len(requests)}")
+    rendered, lead = _render(tokenizer, [request.prompt for request in requests])
+    rows = [
+        _row(number, text, request.seed, model, tokenizer, settings)
+        for number, (text, request) in enumerate(zip(rendered, requests, strict=True))
+    ]
+    pieces = TextPieces(tokenizer, lead, on_text) if on_text else None
     done: list[Completion] = []
-    with (
-        torch.no_grad(),
-        suitable_threads(model),
-        _evaluating(model),
-        _adapter(model, adapter_enabled),
-        _kept_random_state(model),
-    ):
-        for start in range(0, len(jobs), settings.batch_size):
-            batch = jobs[start : start + settings.batch_size]
-            torch.manual_seed(_batch_seed(settings.seed, start))
-            began = time.perf_counter()
-            with _memory_explained(settings):
-                answers = _generate_batch(
-                    model, tokenizer, [encoded[index] for index, _ in batch], settings, bool(lead)
-                )
-            share = (time.perf_counter() - began) / len(batch)
-            for (index, sample), (text, tokens, stopped) in zip(batch, answers, strict=True):
-                done.append(Completion(index, sample, lead + text, len(encoded[index]), tokens, stopped, share))
-                if on_completion:
-                    on_completion(done[-1])
-            if progress:
-                progress(len(done), len(jobs))
+
+    def finish(row: Row) -> None:
+        text = lead + tokenizer.decode(row.tokens[:-1] if row.stopped == "eos" else row.tokens)
+        if pieces:
+            pieces.close(text)
+        request = requests[row.number]
+        counts = len(row.prompt), len(row.tokens)
+        done.append(Completion(request.index, request.sample, text, *counts, row.stopped, row.seconds))
+        if on_completion:
+            on_completion(done[-1])
+
+    for row in rows:
+        if row.stopped:
+            finish(row)
+    order = sorted(rows, key=lambda row: (-len(row.prompt), requests[row.number].index, requests[row.number].sample))
+    with torch.no_grad(), suitable_threads(model), _evaluating(model), _adapter(model, adapter_enabled):
+        _decode_all(
+            model,
+            [row for row in order if not row.stopped],
+            settings,
+            on_smaller or (lambda size: None),
+            pad=_pad_token(tokenizer, _end_tokens(model, tokenizer)),
+            ends=frozenset(_end_tokens(model, tokenizer)),
+            answered=StopAtTriton(tokenizer, bool(lead)),
+            on_token=(lambda row: pieces.add(row.tokens)) if pieces else None,
+            on_end=finish,
+        )
     return sorted(done, key=lambda completion: (completion.index, completion.sample))
 
 
-class StopAtTriton:
-    """A stopping criterion that ends each row at its own `</triton>`.
+def weights_fingerprint(model: Any) -> str:
+    """A short hash by which a loaded model, with its adapter, is known again.
 
-    A `</triton>` inside the reasoning is a draft: a row that reasons ends at the first one that follows `</think>`. A
-    row that never closes its reasoning runs to its end-of-turn token or to the limit.
-
-    Rows are looked at only after a token that holds a ">", a table look-up on the model's device, so the usual step
-    decodes nothing. transformers' `stop_strings` compares every row with an embedding of the vocabulary at every step
-    and cannot tell a draft from an answer.
-
-    Args:
-        tokenizer: decodes the rows.
-        prompt_length: columns of the padded prompts.
-        thinking: whether the prompt ends inside the reasoning, as Trinity's does.
-
-    Attributes:
-        ends: row -> tokens generated up to and including the one that completed `</triton>`.
+    Of an adapter every value counts; of the base the names, shapes and first values of what is not quantised, which are
+    the same on every device.
     """
-
-    def __init__(self, tokenizer: Any, prompt_length: int, thinking: bool) -> None:
-        self._tokenizer = tokenizer
-        self._prompt_length = prompt_length
-        self._thinking = thinking
-        self._closes: Any = None
-        self.ends: dict[int, int] = {}
-
-    def __call__(self, input_ids: Any, scores: Any = None, **_: Any) -> Any:
-        """Whether each row is done, as a boolean tensor [rows]; `input_ids` is [rows, tokens], prompt included."""
-        import torch
-
-        if self._closes is None:
-            self._closes = _tokens_that_close(self._tokenizer, input_ids.device)
-        finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        last = input_ids[:, -1].clamp(max=self._closes.shape[0] - 1)
-        for row in self._closes[last].nonzero().flatten().tolist():
-            if row not in self.ends and self._answered(input_ids[row, self._prompt_length :]):
-                self.ends[row] = input_ids.shape[1] - self._prompt_length
-        finished[list(self.ends)] = True
-        return finished
-
-    def _answered(self, tokens: Any) -> bool:
-        if STOP not in self._tokenizer.decode(tokens[-_TAIL_TOKENS:]):
-            return False
-        text = self._tokenizer.decode(tokens)
-        if self._thinking or REASONING_START in text:
-            _, _, text = text.partition(REASONING_END)
-        return STOP in text
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
+        if parameter.is_floating_point():
+            digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+            values = parameter.detach().flatten()
+            values = values if "lora_" in name else values[:_FIRST_VALUES]
+            digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _tokens_that_close(tokenizer: Any, device: Any) -> Any:
-    """A boolean per token of the vocabulary: its text holds ">". Byte-level and SentencePiece vocabularies both write
-    ">" as itself.
+_FIRST_VALUES = 1024
 
-    The last entry, always False, stands for the tokens that a model may know beyond its tokenizer (embeddings are often
-    padded to a round number).
-    """
+
+def _short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _decode_all(
+    model: Any, rows: list[Row], settings: EvaluationSettings, on_smaller: Callable[[int], None], **how: Any
+) -> None:
+    """Decode the rows batch by batch, in smaller batches from the first that does not fit into memory."""
     import torch
 
-    vocabulary = tokenizer.get_vocab()
-    closes = torch.zeros(max(vocabulary.values()) + 2, dtype=torch.bool)
-    closes[[token for text, token in vocabulary.items() if ">" in text]] = True
-    return closes.to(device)
+    size = settings.batch_size
+    how |= {"temperature": settings.resolved_temperature, "top_p": settings.top_p}
+    while rows:
+        batch, fits = rows[:size], True
+        try:
+            decode(model, batch, **how)
+        except torch.cuda.OutOfMemoryError:
+            fits = False
+        if not fits:
+            # Outside the handler: the error's frames hold on to the batch's tensors.
+            size = _smaller(len(batch), batch[0], settings)
+            on_smaller(size)
+            torch.cuda.empty_cache()
+        rows = [row for row in rows if not row.stopped]
+        for row in rows:
+            row.tokens.clear()
+
+
+def _smaller(size: int, longest: Row, settings: EvaluationSettings) -> int:
+    """Half of a batch size that did not fit.
+
+    Raises:
+        StepError: it was one row.
+    """
+    if size == 1:
+        raise StepError(
+            f"out of GPU memory with one answer at a time: its prompt has {len(longest.prompt)} tokens, and "
+            f"evaluation.max_new_tokens is {settings.max_new_tokens}. Lower that, or free the GPU."
+        )
+    half = size // 2
+    _logger.warning("A batch of %d answers does not fit into the GPU's memory: going on with %d at a time.", size, half)
+    return half
+
+
+def _row(number: int, prompt: str, seed: int, model: Any, tokenizer: Any, settings: EvaluationSettings) -> Row:
+    """A prompt in the model's template as a row; one that leaves no room for an answer has ended already."""
+    tokens: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    room = min(settings.max_new_tokens, _positions(model) - len(tokens))
+    return Row(number, tokens, room, seed, stopped="" if room > 0 else "length")
 
 
 def _render(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], str]:
@@ -196,69 +292,6 @@ def _render(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], str]:
     without = tokenizer.apply_chat_template(turns[0], tokenize=False, add_generation_prompt=False)
     opening = rendered[0][len(without) :] if rendered[0].startswith(without) else ""
     return rendered, opening[opening.find(REASONING_START) :] if REASONING_START in opening else ""
-
-
-def _generate_batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], settings: EvaluationSettings, thinking: bool
-) -> list[tuple[str, int, str]]:
-    """Text, token count and reason of stopping for each row of one batch."""
-    import torch
-    from transformers import StoppingCriteriaList
-
-    width = max(map(len, prompts))
-    room = min(settings.max_new_tokens, _positions(model) - width)
-    if room < 1:
-        return [("", 0, "length")] * len(prompts)
-    ends = _end_tokens(model, tokenizer)
-    pad = _pad_token(tokenizer, ends)
-    device = model.get_input_embeddings().weight.device
-    # Left padding: every row's last prompt token is in the last column. generate() derives the position ids from the
-    # mask.
-    rows = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    stop = StopAtTriton(tokenizer, width, thinking)
-    output = model.generate(
-        input_ids=rows,
-        attention_mask=mask,
-        generation_config=_generation_config(settings, room, pad, ends),
-        stopping_criteria=StoppingCriteriaList([stop]),
-    )
-    return [_read_row(tokenizer, row, stop.ends.get(i), ends) for i, row in enumerate(output[:, width:].tolist())]
-
-
-def _read_row(tokenizer: Any, row: list[int], stop: int | None, ends: list[int]) -> tuple[str, int, str]:
-    """Cut a row where it ended: what follows is padding. Special tokens are kept in the text, because a tokenizer may
-    count `<think>` among them.
-    """
-    if stop is not None:
-        return tokenizer.decode(row[:stop]), stop, "stop"
-    end = next((i for i, token in enumerate(row) if token in ends), None)
-    if end is not None:
-        return tokenizer.decode(row[:end]), end + 1, "eos"
-    return tokenizer.decode(row), len(row), "length"
-
-
-def _generation_config(settings: EvaluationSettings, room: int, pad: int, ends: list[int]) -> Any:
-    """Every value that shapes the distribution is given: what is left open is filled from the model's own
-    generation_config.json.
-    """
-    from transformers import GenerationConfig
-
-    neutral: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-    if settings.greedy:
-        # transformers' own defaults: it warns about any other value of these where nothing is sampled.
-        how: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    else:
-        how = {
-            "do_sample": True,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
-        }
-    return GenerationConfig(
-        max_new_tokens=room, use_cache=True, pad_token_id=pad, eos_token_id=ends or None, **neutral, **how
-    )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -282,23 +315,6 @@ def _positions(model: Any) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
-def _batch_seed(seed: int, start: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{start}".encode()).digest()[:7], "big")
-
-
-@contextmanager
-def _memory_explained(settings: EvaluationSettings) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise StepError(
-            f"out of GPU memory with evaluation.batch_size {settings.batch_size} and evaluation.max_new_tokens "
-            f"{settings.max_new_tokens}: lower one of them"
-        ) from error
-
-
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode, and back to what each module was in: training may go on with the same model."""
@@ -315,12 +331,3 @@ def _adapter(model: Any, enabled: bool) -> AbstractContextManager[Any]:
     if enabled or not hasattr(model, "disable_adapter"):
         return nullcontext()
     return model.disable_adapter()
-
-
-@contextmanager
-def _kept_random_state(model: Any) -> Iterator[None]:
-    import torch
-
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield

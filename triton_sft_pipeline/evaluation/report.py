@@ -1,34 +1,62 @@
-"""Drawing a report: as Markdown, as one self-contained HTML page, as a small plot, and as files.
+"""Drawing a report: as Markdown, as one self-contained HTML page, and as files.
 
 Knows nothing of models or judges: it reads the plain data that `evaluate` returns, and adds no number of its own.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from triton_sft_pipeline.evaluation.scores import VERDICT_KINDS, verdict_kind
+from triton_sft_pipeline.evaluation import figures, report_text
+from triton_sft_pipeline.evaluation.plots import fast_p_plot_png, score_plot_png
+from triton_sft_pipeline.evaluation.report_text import (
+    LONGEST_SHOWN,
+    SPLITS,
+    best_answer,
+    clip,
+    difference_text,
+    markdown_table,
+    mean_speedup,
+    models_of,
+    p_value,
+    provenance_rows,
+    share_text,
+    splits_of,
+    tally,
+    tokens_text,
+)
+from triton_sft_pipeline.evaluation.scores import verdict_kind
 from triton_sft_pipeline.files import atomic_write_text, write_json
 
-MODELS = ("base", "tuned")
-SPLITS = {
-    "seen": ("Seen problems", "From the train split: a memorisation check."),
-    "test": ("Test split", "Kept apart when the dataset was split; never trained on."),
-    "held_out": ("Held-out problems", "Never part of the traces."),
-}
-LONGEST_SHOWN = 20_000
-"""Characters of one answer on the page; the rest is in generations.jsonl. A model that repeats itself must not make a
-page that no browser opens.
-"""
+__all__ = [
+    "LONGEST_SHOWN",
+    "fast_p_plot_png",
+    "page_template",
+    "render_html",
+    "render_markdown",
+    "score_plot_png",
+    "write_report",
+]
 
-# What neither HTML nor a terminal can show: control characters other than tab and newline, and lone surrogates.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_ABOUT = {
+    "base_model": "Base",
+    "adapter": "Adapter",
+    "adapter_version": "Adapter version",
+    "problems": "Problems",
+    "preset": "Preset",
+    "device": "Device",
+}
+"""Entries of the provenance that stand under the headline, where they are short texts."""
+
+_CONTENTS = (
+    *(("reading", "How to read it"), ("scores", "Scores"), ("paired", "Paired"), ("speed", "Speed")),
+    *(("groups", "Families and levels"), ("passes", "pass@k"), ("cheats", "Refused"), ("tokens", "Tokens")),
+    *(("verdicts", "Verdicts"), ("problems", "Problems"), ("touched", "Touched"), ("unusable", "Not asked")),
+    ("provenance", "Provenance"),
+)
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> None:
@@ -39,233 +67,255 @@ def write_report(report: Mapping[str, Any], directory: Path) -> None:
     atomic_write_text(directory / "report.html", render_html(report))
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: headline, notes, scores, verdicts, problems and provenance. Kernels are left to the HTML
-    page.
-    """
-    models, splits = _models(report), _splits(report)
-    lines = ["# Evaluation report", "", f"**{report['headline']}**", ""]
-    lines += [f"- {_cell(note)}" for note in report["notes"]]
-    lines += ["", "## Scores", "", "In brackets: 95 % Wilson interval. Splits are never added up.", ""]
-    lines += _table(
-        ["split", "model", "verified (fast_0)", "compiles", "fast_1", "fast_2"],
-        [
-            [
-                SPLITS[split][0],
-                model,
-                *(_share(report[model][split][kind]) for kind in ("fast_0", "compiled", "fast_1", "fast_2")),
-            ]
-            for split in splits
-            for model in models
-        ],
-    )
-    if report["comparison"]:
-        lines += ["", "## Base against tuned, paired by problem", ""]
-        lines += _table(
-            ["split", "n", "both", "tuned alone", "base alone", "neither", "exact McNemar p"],
-            [
-                [SPLITS[s][0], c["n"], c["both"], c["wins"], c["losses"], c["neither"], _p_value(c["p_value"])]
-                for s, c in ((split, report["comparison"][split]) for split in splits)
-            ],
-        )
-    lines += ["", "## Verdicts", ""]
-    lines += _table(
-        ["split", "model", "verdicts"],
-        [
-            [
-                SPLITS[split][0],
-                model,
-                ", ".join(f"{verdict} {count}" for verdict, count in report[model][split]["verdicts"].items()),
-            ]
-            for split in splits
-            for model in models
-        ],
-    )
-    lines += ["", "## Problems", ""]
-    lines += _table(
-        ["problem", "split", *models, "why"],
-        [
-            [f"`{p['key']}`", SPLITS[p["split"]][0], *(p[m]["verdict"] for m in models), p[models[-1]]["detail"]]
-            for p in report["problems"]
-        ],
-    )
-    for title, rows in _provenance(report):
-        lines += ["", f"## {title}", "", *_table(["what", "value"], [[name, f"`{value}`"] for name, value in rows])]
-    return "\n".join(lines) + "\n"
-
-
 def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page for phone and desktop, light and dark, that loads nothing from anywhere and runs no
-    script.
+    script. Of long answers the page shows the beginning: no more than `report_text.BUDGET` characters of code and
+    answers in all.
     """
-    return _template().render(
+    models, keys = models_of(report), splits_of(report)
+    splits = [{"key": key, "title": SPLITS[key][0], "meaning": SPLITS[key][1]} for key in keys]
+    timed = any(report[model][key]["fast_p"] for model in models for key in keys)
+    ks = report_text.shown_k([report[model][key] for model in models for key in keys])
+    several = any(len(row["base"]) > 1 for row in report["problems"])
+    page = page_template("report.html.j2").render(
         report=report,
-        models=_models(report),
-        splits=[{"key": key, "title": SPLITS[key][0], "meaning": SPLITS[key][1]} for key in _splits(report)],
-        provenance=list(_provenance(report)),
-        kind=verdict_kind,
+        models=models,
+        splits=splits,
+        main_splits=[split for split in splits if split["key"] != "touched"] or splits,
+        timed=timed,
+        several=several,
+        speed=_speed_figures(report, models, splits) if timed else [],
+        reach=figures.difference_reach(
+            [c[name] for c in report["comparison"].values() for name in ("fast_0", "fast_1", "fast_2")]
+        ),
+        ks=ks,
+        cheats=report_text.cheats_of([report[model][key] for model in models for key in keys]),
+        about=_about(report),
+        contents=_contents(report, bool(keys), len(ks) > 1),
+        limit=report_text.longest_shown(_texts(report, models)),
+        command=report["provenance"].get("repeat_with"),
+        provenance=list(provenance_rows(report)),
     )
-
-
-def score_plot_png(report: Mapping[str, Any]) -> bytes:
-    """Verified share by split and model with its 95 % interval, as a PNG of about 450 x 250 pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    models, splits = _models(report), _splits(report)
-    figure = Figure(figsize=(5, 2.8), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    width = 0.8 / len(models)
-    for offset, (model, colour) in enumerate(zip(models, ("#8a94a6", "#3556d8"), strict=False)):
-        cells = [report[model][split] for split in splits]
-        rates = [cell["verified_rate"] for cell in cells]
-        low = [rate - cell["verified_interval"][0] for rate, cell in zip(rates, cells, strict=True)]
-        high = [cell["verified_interval"][1] - rate for rate, cell in zip(rates, cells, strict=True)]
-        places = [i + (offset - (len(models) - 1) / 2) * width for i in range(len(splits))]
-        # Rounding can put an end of the interval a hair inside the share, and matplotlib refuses negative lengths.
-        errors = [[max(0.0, x) for x in low], [max(0.0, x) for x in high]]
-        axes.bar(
-            places,
-            rates,
-            width * 0.92,
-            color=colour,
-            label=model,
-            yerr=errors,
-            capsize=3,
-            error_kw={"lw": 1, "ecolor": "#333"},
-        )
-    labels = [f"{SPLITS[split][0]}\n(n = {report['base'][split]['n']})" for split in splits]
-    axes.set_xticks(range(len(splits)), labels, fontsize=8)
-    axes.set_ylim(0, 1.02)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
-    axes.set_title("Verified kernels, 95 % intervals", fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(models) > 1:
-        axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return report_text.printable(page)
 
 
 @cache
-def _template() -> Any:
+def page_template(name: str) -> Any:
+    """A template of this package, with the filters that the pages share."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from triton_sft_pipeline.evaluation.highlight import highlight_python
 
-    loader = PackageLoader("triton_sft_pipeline.evaluation")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("triton_sft_pipeline.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
-        rate=_rate,
-        percent=lambda share: f"{100 * share:.2f}",
-        paired=_paired,
-        facts=_answer_facts,
-        by_kind=lambda verdicts: sorted(verdicts.items(), key=lambda item: VERDICT_KINDS.index(verdict_kind(item[0]))),
+        percent=report_text.percent,
+        interval=report_text.interval,
+        rate=report_text.rate,
+        rate_alone=lambda share: "–" if share["rate"] is None else f"{report_text.percent(share['rate'])}\u00a0%",
+        counted=report_text.counted,
+        points=report_text.points,
+        point_interval=lambda ends: report_text.interval(ends, report_text.points),
+        token_interval=lambda ends: report_text.interval(ends, lambda end: f"{end:,.0f}"),
+        difference=difference_text,
+        width=lambda share: f"{100 * share:.2f}",
+        times=lambda speedup: f"{speedup:.2f}x",
+        times_interval=lambda ends: report_text.interval(ends, lambda end: f"{end:.2f}"),
+        mean_speedup=mean_speedup,
+        kernels=report_text.kernels_text,
+        p_value=p_value,
+        paired=report_text.paired,
+        facts=report_text.answer_facts,
+        tally=tally,
+        best=best_answer,
+        by_kind=report_text.by_kind,
+        reach_text=figures.reach_text,
         capitalise=lambda text: text[:1].upper() + text[1:],
+        arrows=lambda text: text.replace("->", "→").replace(" %", "\u00a0%"),
         words=lambda verdict: verdict.replace("_", " "),
-        clip=_clip,
-        python=lambda source: highlight_python(_clip(source)),
+        clip=clip,
+        python=lambda source, most=LONGEST_SHOWN: highlight_python(clip(source, most)),
     )
-    return environment.get_template("report.html.j2")
+    environment.globals.update(
+        kind=verdict_kind,
+        fast_p_figure=figures.fast_p_figure,
+        speedup_figure=figures.speedup_figure,
+        difference_figure=figures.difference_figure,
+    )
+    return environment.get_template(name)
 
 
-def _models(report: Mapping[str, Any]) -> list[str]:
-    return [model for model in MODELS if model in report]
+def _speed_figures(
+    report: Mapping[str, Any], models: Sequence[str], splits: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """What the figures of each split are drawn from. All curves of a report share one vertical axis."""
+    found = []
+    for split in splits:
+        rows = [row for row in report["problems"] if row["split"] == split["key"]]
+        curves = [figures.Curve(m, m, report[m][split["key"]]["fast_p"]) for m in models]
+        lanes = [figures.Lane(m, m, kernel_speeds(rows, m), report[m][split["key"]]["speedup"]) for m in models]
+        found.append({**split, "curves": [curve for curve in curves if curve.points], "lanes": lanes})
+    top = figures.curve_top([curve for split in found for curve in split["curves"]])
+    return [{**split, "top": top} for split in found if split["curves"]]
 
 
-def _splits(report: Mapping[str, Any]) -> list[str]:
-    """The splits that hold a problem: an empty one has nothing to show."""
-    return [split for split in SPLITS if report["base"][split]["n"]]
+def kernel_speeds(problems: Sequence[Mapping[str, Any]], model: str) -> list[tuple[str, float]]:
+    """Name and speedup of every verified and timed kernel of a model."""
+    return [
+        (row["key"] if len(row[model]) == 1 else f"{row['key']}, answer {answer['sample']}", answer["speedup"])
+        for row in problems
+        for answer in row[model]
+        if answer["correctness"] and answer["speedup"]
+    ]
 
 
-def _rate(share: Mapping[str, Any]) -> str:
-    """`93 % [77, 98]`, or a dash for no answers."""
-    if share["rate"] is None:
-        return "–"
-    low, high = share["interval"]
-    return f"{100 * share['rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+def _about(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    given = report["provenance"]
+    facts = [(title, given[name]) for name, title in _ABOUT.items() if isinstance(given.get(name), str) and given[name]]
+    settings = report["settings"]
+    if samples := settings.get("samples"):
+        facts.append(("Answers a problem", str(samples)))
+    return [(title, clip(value if len(value) < 60 else f"{value[:12]}…", 60)) for title, value in facts]
 
 
-def _share(share: Mapping[str, Any] | None) -> str:
-    return "not measured" if share is None else f"{share['count']}/{share['n']}, {_rate(share)}"
+def _contents(report: Mapping[str, Any], asked: bool, passes: bool) -> list[tuple[str, str]]:
+    there = {
+        "paired": bool(report["comparison"]) and asked,
+        "passes": passes,
+        "touched": any(row["split"] == "touched" for row in report["problems"]),
+        "unusable": bool(report["unusable"]),
+        "reading": True,
+        "provenance": True,
+    }
+    return [(place, title) for place, title in _CONTENTS if there.get(place, asked)]
 
 
-def _p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _texts(report: Mapping[str, Any], models: Sequence[str]) -> Iterator[str | None]:
+    for row in report["problems"]:
+        yield row["pytorch_code"]
+        for model in models:
+            if best := best_answer(row[model]):
+                yield from (best["code"], best["answer"])
 
 
-def _paired(comparison: Mapping[str, Any]) -> str:
-    p = _p_value(comparison["p_value"])
-    return (
-        f"Tuned alone solves {comparison['wins']}, base alone {comparison['losses']} "
-        f"(exact McNemar p{'' if p.startswith('<') else ' ='} {p})."
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: headline, notes, every table, problems and provenance. Kernels are left to the HTML
+    page.
+    """
+    models = models_of(report)
+    rows = [(SPLITS[split][0], model, report[model][split]) for split in splits_of(report) for model in models]
+    lines = ["# Evaluation report", "", f"**{report['headline']}**", ""]
+    lines += [f"- {report_text.markdown_cell(note)}" for note in report["notes"]]
+    for title, text, table in _markdown_sections(report, models, rows):
+        lines += ["", f"## {title}", "", *([text, ""] if text else []), *table]
+    if command := report["provenance"].get("repeat_with"):
+        lines += ["", "## The command that repeats it", "", *(f"    {line}" for line in clip(command).splitlines())]
+    for title, facts in provenance_rows(report):
+        lines += ["", f"## {title}", "", *markdown_table(["what", "value"], [[n, f"`{v}`"] for n, v in facts])]
+    return report_text.printable("\n".join(lines)) + "\n"
+
+
+def _markdown_sections(
+    report: Mapping[str, Any], models: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, Any]]]
+) -> Iterator[tuple[str, str, list[str]]]:
+    """(title, text, table) of each section that has something to show."""
+    cells = [score for _, _, score in rows]
+    kinds = ("compiled", "fast_0", "fast_1", "fast_2")
+    yield (
+        "Scores",
+        "Shares of answers, mean over the n problems; in brackets 95 % Wilson intervals. Splits are never added up.",
+        markdown_table(
+            ["split", "model", "compiles", "verified (fast_0)", "fast_1", "fast_2", "mean speedup"],
+            [[s, m, *(share_text(score[k]) for k in kinds), mean_speedup(score["speedup"])] for s, m, score in rows],
+        ),
+    )
+    if report["comparison"]:
+        yield from _markdown_comparison(report)
+    if any(score["fast_p"] for score in cells):
+        yield "fast_p", "Correct and more than p times as fast as PyTorch.", _markdown_curve(rows)
+    for split, groups in report["groups"].items():
+        for name in ("family", "level"):
+            table = [
+                [group, model, share_text(of[model]["fast_0"]), share_text(of[model]["fast_1"])]
+                for group, of in groups[name].items()
+                for model in models
+            ]
+            yield f"{SPLITS[split][0]} by {name}", "", markdown_table([name, "model", "verified", "fast_1"], table)
+    if len(ks := report_text.shown_k(cells)) > 1:
+        table = [[s, m, *(share_text(score["pass_at_k"].get(k)) for k in ks)] for s, m, score in rows]
+        yield "pass@k", "", markdown_table(["split", "model", *(f"k = {k}" for k in ks)], table)
+    cheats = report_text.cheats_of(cells)
+    table = [
+        [
+            s,
+            m,
+            share_text(score["refused"]),
+            *(share_text(score["cheats"][k]) if k in score["cheats"] else "0" for k in cheats),
+        ]
+        for s, m, score in rows
+    ]
+    yield "Refused kernels", "", markdown_table(["split", "model", "refused in all", *cheats], table)
+    table = [[s, m, tokens_text(score["tokens"])] for s, m, score in rows]
+    yield "Tokens", "", markdown_table(["split", "model", "tokens"], table)
+    table = [[s, m, ", ".join(f"{v} {n}" for v, n in score["verdicts"].items())] for s, m, score in rows]
+    yield "Verdicts", "", markdown_table(["split", "model", "verdicts"], table)
+    if report["unusable"]:
+        table = [[f"`{row['key']}`", row["kind"], row["reason"]] for row in report["unusable"]]
+        yield "Problems that could not be asked", "", markdown_table(["problem", "kind", "why"], table)
+    touched = [row for row in report["problems"] if row["touched"]]
+    if touched:
+        table = [[f"`{row['key']}`", row["touched"]] for row in touched]
+        yield "Touched problems", SPLITS["touched"][1], markdown_table(["problem", "what it touches"], table)
+    table = [
+        [
+            f"`{p['key']}`",
+            SPLITS[p["split"]][0],
+            *(tally(p[m]) for m in models),
+            (best_answer(p[models[-1]]) or {"detail": ""})["detail"],
+        ]
+        for p in report["problems"]
+    ]
+    yield "Problems", "", markdown_table(["problem", "split", *models, "why"], table)
+
+
+def _markdown_comparison(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    compared = [(SPLITS[split][0], report["comparison"][split]) for split in splits_of(report)]
+    names = ("fast_0", "fast_1", "fast_2")
+    yield (
+        "Tuned less base, paired by problem",
+        "Percentage points; in brackets the 95 % interval of a paired bootstrap over problems.",
+        markdown_table(
+            ["split", "verified (fast_0)", "fast_1", "fast_2"],
+            [[title, *(difference_text(c[name]) for name in names)] for title, c in compared],
+        ),
+    )
+    yield (
+        "First answers, paired by problem",
+        "",
+        markdown_table(
+            ["split", "n", "both", "tuned alone", "base alone", "neither", "exact McNemar p"],
+            [
+                [s, c["n"], c["both"], c["wins"], c["losses"], c["neither"], p_value(c["p_value"]).removeprefix("= ")]
+                for s, c in compared
+            ],
+        ),
     )
 
 
-def _answer_facts(answer: Mapping[str, Any]) -> str:
-    facts = [f"{answer['tokens']} tokens" + (", cut at the limit" if answer["stopped"] == "length" else "")]
-    if answer["speedup"] is not None:
-        facts.append(_speed(answer))
-    if answer["kernel_time_ms"] is not None and answer["reference_time_ms"] is not None:
-        facts.append(f"{answer['kernel_time_ms']:.4g} ms against {answer['reference_time_ms']:.4g} ms")
-    if answer["torch_share"]:
-        facts.append(f"{answer['torch_share']:.2f} of the work by PyTorch")
-    if len(answer["all_verdicts"]) > 1:
-        facts.append(f"{answer['correct_answers']} of {len(answer['all_verdicts'])} answers verified")
-    return " · ".join(facts)
-
-
-def _speed(answer: Mapping[str, Any]) -> str:
-    """The speedup with its interval, and beside it what it has to be read with."""
-    parts = [f"{answer['speedup']:.2f}x"]
-    if answer["speedup_low"] is not None and answer["speedup_high"] is not None:
-        parts[0] += f" [{answer['speedup_low']:.2f}, {answer['speedup_high']:.2f}]"
-    if answer["launch_bound"]:
-        parts.append("bound by launches")
-    if answer["graph_speedup"] is not None:
-        parts.append(f"{answer['graph_speedup']:.2f}x as CUDA graphs")
-    if answer["compile_speedup"] is not None:
-        parts.append(f"{answer['compile_speedup']:.2f}x against torch.compile")
-    return ", ".join(parts)
-
-
-def _clip(text: str) -> str:
-    """What fits on the page and can be shown there."""
-    shown = _UNPRINTABLE.sub("\ufffd", text)
-    if len(shown) <= LONGEST_SHOWN:
-        return shown
-    return f"{shown[:LONGEST_SHOWN]}\n[... {len(shown) - LONGEST_SHOWN} more characters: see generations.jsonl]"
-
-
-def _provenance(report: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Titled lists of (name, value), nested data flattened to dotted names."""
-    given = {name: value for name, value in report["provenance"].items() if name != "notes"}
-    for title, data in (
-        ("What was evaluated", given),
-        ("Settings", report["settings"]),
-        ("Judge", report["judge"]),
-        ("Generation", report["generation"]),
-    ):
-        if rows := list(_flat(data)):
-            yield title, rows
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(_cell(value) for value in line) + " |" for line in lines]
-
-
-def _cell(value: Any) -> str:
-    """One line that cannot break out of its table cell."""
-    return " ".join(_clip(str(value)).split()).replace("|", "\\|")
+def _markdown_curve(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    timed = [(split, model, score["fast_p"]) for split, model, score in rows if score["fast_p"]]
+    steps = range(0, len(timed[0][2]["p"]), 5)
+    header = ["split", "model", "n", *(f"p = {timed[0][2]['p'][step]:g}" for step in steps)]
+    table = []
+    for split, model, curve in timed:
+        cells = [
+            f"{report_text.percent(curve['rate'][i])} % {report_text.interval([curve['low'][i], curve['high'][i]])}"
+            for i in steps
+        ]
+        table.append([split, model, curve["n"], *cells])
+    return markdown_table(header, table)

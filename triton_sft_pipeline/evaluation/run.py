@@ -5,16 +5,21 @@ everything came from.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.chat.dataset import Example, read_examples
 from triton_sft_pipeline.chat.prompt import pytorch_code_of
 from triton_sft_pipeline.evaluation.evaluate import Judge, evaluate
+from triton_sft_pipeline.evaluation.generation import Asker
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.problems import Problem
+from triton_sft_pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from triton_sft_pipeline.problems import Unusable
 
 LIBRARIES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "triton-sft-pipeline")
 _SIDES = {"train": "seen", "test": "test"}
@@ -45,35 +50,34 @@ def provenance(facts: Mapping[str, Any], notes: Iterable[str]) -> dict[str, Any]
         **facts,
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "python": platform.python_version(),
-        "device": _device(),
+        "device": device(),
         "notes": [note for note in notes if note],
     }
 
 
 def evaluate_splits(
-    model: Any,
-    tokenizer: Any,
-    splits: Mapping[str, list[Problem]],
+    asker: Asker,
+    splits: Mapping[str, Sequence[Problem]],
     settings: EvaluationSettings,
     *,
     judge: Judge,
     out: Path,
     facts: Mapping[str, Any],
     notes: Iterable[str] = (),
-    has_adapter: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    unusable: Sequence[Unusable] = (),
+    touched: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """`evaluate` with the provenance filled in."""
-    about = provenance(facts, notes)
     return evaluate(
-        model,
-        tokenizer,
+        asker,
         splits,
         settings,
         judge=judge,
         out_dir=out,
-        provenance=about,
-        has_adapter=has_adapter,
+        provenance=provenance(facts, notes),
+        unusable=unusable,
+        touched=touched,
         progress=progress,
     )
 
@@ -85,7 +89,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device() -> str:
+def device() -> str:
+    """The GPU that this process would use, by name, or the kind of its CPU."""
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU ({platform.machine()})"

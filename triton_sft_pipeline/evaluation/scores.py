@@ -1,20 +1,27 @@
 """Counting verdicts: shares with intervals, and base against tuned on the same problems. Pure functions.
 
-Knows nothing of models, files or reports, and of a verdict only its name, whether it is correct, and whether it was
-surely faster. No share leaves this module without the number of answers it was taken from and an interval.
+Knows nothing of models, files or reports, and of an answer only what `Outcome` holds. No number leaves this module
+without the n it was taken from and, where one can be had, an interval. What the intervals are is said in `statistics`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from math import comb, sqrt
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from triton_sft_pipeline.evaluation.statistics import (
+    RESAMPLES,
+    geometric_mean,
+    mcnemar_exact,
+    paired_differences,
+    pass_at_k,
+    ratio_interval,
+    usable_speedup,
+    wilson_interval,
+)
 from triton_sft_pipeline.verification.verdict import CORRECT, UNJUDGED
-
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
 
 UNPARSED = "unparsed"
 NO_ANSWER = frozenset({UNPARSED, "no_code"})
@@ -29,24 +36,35 @@ BROKE_OFF = frozenset({"runtime_error", "timeout", "crash", "resource_limit", "e
 NEVER_RAN = NO_ANSWER | NOT_BUILT | {"forbidden_construct"}
 """Verdicts on answers of which no kernel was ever run: they do not count as compiled."""
 
-
-class Judged(Protocol):
-    """What is counted of a verdict; `verification.Verdict` is one."""
-
-    @property
-    def verdict(self) -> str: ...
-    @property
-    def correctness(self) -> bool: ...
-    @property
-    def fast_1(self) -> bool | None: ...
-    @property
-    def fast_2(self) -> bool | None: ...
-
+FAST_P = tuple(step / 10 for step in range(41))
+"""The speedups of the fast_p curve: 0, 0.1, ... 4."""
 
 VERDICT_KINDS = ("verified", "wrong", "failed", "refused", "unparsed", "unjudged")
 """Kinds of verdicts, in the order of a legend. Verified: right, a hybrid with PyTorch included. Refused: the code
 cheated or broke a rule of the judge.
 """
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is counted of an answer.
+
+    Attributes:
+        verdict, correctness, fast_1, fast_2, speedup: as in `verification.Verdict`.
+        tokens: tokens that were generated.
+    """
+
+    verdict: str
+    correctness: bool
+    fast_1: bool | None = None
+    fast_2: bool | None = None
+    speedup: float | None = None
+    tokens: int = 0
+
+
+def outcomes(answers: Iterable[Mapping[str, Any]]) -> list[Outcome]:
+    """The outcomes of a report's answers: `outcomes(row["base"])` for a row of its "problems"."""
+    return [Outcome(**{name: answer[name] for name in Outcome.__dataclass_fields__}) for answer in answers]
 
 
 def verdict_kind(verdict: str) -> str:
@@ -62,99 +80,197 @@ def verdict_kind(verdict: str) -> str:
     return "unjudged" if verdict in UNJUDGED else "refused"
 
 
-def wilson_interval(count: int, n: int, z: float = Z_95) -> tuple[float, float] | None:
-    """The score interval of a share, which stays inside [0, 1] and is sensible for 0 of n and n of n.
-
-    E. B. Wilson (1927), "Probable inference, the law of succession, and statistical inference", JASA 22 (158), 209-212.
-
-    Returns:
-        (low, high), or None for n = 0: no answers, no interval.
-    """
-    if not 0 <= count <= n:
-        raise ValueError(f"{count} of {n} is no share")
-    if n == 0:
-        return None
-    share = count / n
-    centre = share + z * z / (2 * n)
-    spread = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def share(count: int, n: int) -> dict[str, Any]:
-    """`{"count", "n", "rate", "interval"}`: a share that cannot be quoted without its n; rate and interval are None for
-    n = 0.
-    """
-    interval = wilson_interval(count, n)
-    return {"count": count, "n": n, "rate": count / n if n else None, "interval": list(interval) if interval else None}
-
-
-def score(verdicts: Sequence[Judged], *, timed: bool) -> dict[str, Any]:
-    """Score one model on one split, one verdict a problem.
+def share(successes: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """The share of success: each problem's share of its answers, averaged over the problems.
 
     Args:
-        verdicts: the verdict of each problem's answer.
-        timed: whether speedups were measured at all. Without it fast_1 and fast_2 are None, which is not the same as 0.
+        successes: for each problem, of each answer whether it succeeds; problems without answers do not count.
 
     Returns:
-        n: problems that were asked.
-        verified: how many of them got a correct kernel; the same as fast_0's count.
-        verified_rate, verified_interval: as a share of n, with its 95 % Wilson interval; None for n = 0.
-        compiled: share of the judged answers whose kernel got as far as running. Its n leaves out what could not be
-            judged.
-        fast_0, fast_1, fast_2: shares of n: correct; correct and faster; correct and at least twice as fast. Faster is
-            what the whole interval of the speedup says, not its point estimate alone.
-        unjudged: answers that nothing is known about because the problem or the machine failed. They stay in n: leaving
-            them out would flatter.
-        verdicts: verdict -> count, the most frequent first.
+        `{"rate", "interval", "n", "count", "answers"}`: n problems, with `count` successes among `answers` answers;
+        rate and interval are None for n = 0. The interval is Wilson's for n problems, as if each had one answer.
     """
-    n = len(verdicts)
-    correct = [v for v in verdicts if v.correctness]
-    judged = [v for v in verdicts if v.verdict not in UNJUDGED]
-    verified = share(len(correct), n)
-    counts = Counter(v.verdict for v in verdicts)
+    given = [several for several in successes if len(several)]
+    return _share(
+        [sum(several) / len(several) for several in given],
+        sum(sum(several) for several in given),
+        sum(len(several) for several in given),
+    )
+
+
+def _share(values: Sequence[float], count: int, answers: int) -> dict[str, Any]:
+    """A share of which each problem has a value in [0, 1]."""
+    n, total = len(values), float(sum(values))
+    interval = wilson_interval(total, n)
     return {
+        "rate": min(1.0, total / n) if n else None,
+        "interval": list(interval) if interval else None,
         "n": n,
-        "verified": len(correct),
+        "count": count,
+        "answers": answers,
+    }
+
+
+def score(
+    problems: Sequence[Sequence[Outcome]], *, timed: bool, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Score one model on one set of problems.
+
+    Args:
+        problems: the outcomes of each problem's answers, the first answer first; not all need the same number of
+            answers, and a problem without any does not count.
+        timed: whether speedups were measured at all. Without it fast_1, fast_2 and fast_p are None, which is not the
+            same as 0.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        n, answers: problems that were asked, and answers to them.
+        verified: correct answers; the same as fast_0's count.
+        verified_rate, verified_interval: fast_0's.
+        compiled: share of the judged answers whose kernel got as far as running. What could not be judged is left out
+            of its answers, and a problem of which nothing could be judged out of its n.
+        fast_0, fast_1, fast_2: shares of all answers: correct; correct and faster; correct and at least twice as fast.
+            Faster is what the whole interval of the speedup says, not its point estimate alone.
+        fast_p: `{"p", "rate", "low", "high", "n"}`: for each p of FAST_P the share that is correct and whose speedup,
+            as a point estimate, is above p (A. Ouyang et al. (2025), "KernelBench: can LLMs write efficient GPU
+            kernels?", arXiv:2502.10517); for p = 0 that is fast_0. None for no problems too.
+        pass_at_k: str(k) -> share, for k from 1 to the smallest number of answers that a problem has; `statistics`
+            gives the estimator. Their count and answers are fast_0's.
+        speedup: `{"geometric_mean", "interval", "n", "problems"}` over the n correct kernels that were timed, which are
+            to so many problems; None when there is none. The interval, a bootstrap over problems, is None for one
+            problem.
+        cheats, refused: shares of all answers: by verdict those that broke a rule of the judge, the most frequent
+            first, and all of them together.
+        tokens: `{"total", "mean", "interval", "n"}`: generated tokens, and their mean over n answers with a bootstrap
+            interval over problems.
+        unjudged: answers that nothing is known about because the problem or the machine failed. They stay in n as
+            failures: leaving them out would flatter.
+        verdicts: verdict -> count of answers, the most frequent first.
+    """
+    problems = [several for several in problems if several]
+    everything = [outcome for several in problems for outcome in several]
+
+    def of_all(succeeds: Callable[[Outcome], bool]) -> dict[str, Any]:
+        return share([[succeeds(outcome) for outcome in several] for several in problems])
+
+    verified = of_all(lambda o: o.correctness)
+    counts = Counter(outcome.verdict for outcome in everything)
+    verdicts = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    cheats = [verdict for verdict in verdicts if verdict_kind(verdict) == "refused"]
+    judged = [[o.verdict not in NEVER_RAN for o in several if o.verdict not in UNJUDGED] for several in problems]
+    return {
+        "n": len(problems),
+        "answers": len(everything),
+        "verified": verified["count"],
         "verified_rate": verified["rate"],
         "verified_interval": verified["interval"],
-        "compiled": share(sum(v.verdict not in NEVER_RAN for v in judged), len(judged)),
+        "compiled": share(judged),
         "fast_0": verified,
-        "fast_1": share(sum(bool(v.fast_1) for v in correct), n) if timed else None,
-        "fast_2": share(sum(bool(v.fast_2) for v in correct), n) if timed else None,
-        "unjudged": n - len(judged),
-        "verdicts": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        "fast_1": of_all(lambda o: o.correctness and bool(o.fast_1)) if timed else None,
+        "fast_2": of_all(lambda o: o.correctness and bool(o.fast_2)) if timed else None,
+        "fast_p": _fast_p(problems) if timed and problems else None,
+        "pass_at_k": _pass_at_k(problems, verified),
+        "speedup": _speedup(problems, resamples, seed),
+        "cheats": {verdict: of_all(lambda o, v=verdict: o.verdict == v) for verdict in cheats},  # type: ignore[misc]
+        "refused": of_all(lambda o: verdict_kind(o.verdict) == "refused"),
+        "tokens": _tokens(problems, resamples, seed),
+        "unjudged": sum(outcome.verdict in UNJUDGED for outcome in everything),
+        "verdicts": verdicts,
     }
 
 
-def compare(base: Sequence[Judged], tuned: Sequence[Judged]) -> dict[str, Any]:
-    """Pair base and tuned by problem: position i of both is the same problem.
+def _fast_p(problems: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
+    import numpy as np
+
+    rates = np.zeros(len(FAST_P))
+    for several in problems:
+        # A correct kernel that could not be timed is on the curve at p = 0 alone; a wrong one nowhere.
+        reached = [(o.speedup if usable_speedup(o.speedup) else 0.0) if o.correctness else -1.0 for o in several]
+        above = np.array(reached)[:, None] > np.array(FAST_P)
+        above[:, 0] = np.array(reached) >= 0.0
+        rates += above.mean(axis=0)
+    n = len(problems)
+    means = [min(1.0, float(rate) / n) for rate in rates]
+    ends = [wilson_interval(mean * n, n) or (0.0, 1.0) for mean in means]
+    return {
+        "p": list(FAST_P),
+        "rate": means,
+        "low": [low for low, _ in ends],
+        "high": [high for _, high in ends],
+        "n": n,
+    }
+
+
+def _pass_at_k(problems: Sequence[Sequence[Outcome]], verified: Mapping[str, Any]) -> dict[str, Any]:
+    correct = [sum(o.correctness for o in several) for several in problems]
+    values = pass_at_k([len(several) for several in problems], correct)
+    count, answers = verified["count"], verified["answers"]
+    found = {str(k): _share(column.tolist(), count, answers) for k, column in enumerate(values.T, start=1)}
+    # pass@1 is fast_0: the same number by another road, and here to the last digit.
+    return found | ({"1": dict(verified)} if found else {})
+
+
+def _speedup(problems: Sequence[Sequence[Outcome]], resamples: int, seed: int) -> dict[str, Any] | None:
+    speedups = [[o.speedup for o in several if o.correctness and usable_speedup(o.speedup)] for several in problems]
+    measured = [[float(s) for s in several if s is not None] for several in speedups if several]
+    found = geometric_mean(measured, resamples, seed)
+    if found is None:
+        return None
+    mean, interval = found
+    kernels = sum(len(several) for several in measured)
+    return {"geometric_mean": mean, "interval": interval, "n": kernels, "problems": len(measured)}
+
+
+def _tokens(problems: Sequence[Sequence[Outcome]], resamples: int, seed: int) -> dict[str, Any]:
+    totals, counts = [sum(o.tokens for o in several) for several in problems], [len(several) for several in problems]
+    total, n = sum(totals), sum(counts)
+    interval = ratio_interval(totals, counts, resamples, seed)
+    return {"total": total, "mean": total / n if n else None, "interval": interval, "n": n}
+
+
+def compare(
+    base: Sequence[Sequence[Outcome]],
+    tuned: Sequence[Sequence[Outcome]],
+    *,
+    timed: bool,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Pair two models by problem: position i of both is the same problem. What one did not answer is left out.
+
+    Args:
+        base, tuned: the outcomes of each problem's answers, the first answer first.
+        timed, resamples, seed: as for `score`.
 
     Returns:
-        n, both, neither: problems, solved by both, solved by neither.
-        wins: solved by the tuned model alone.
-        losses: solved by the base model alone.
-        p_value: exact McNemar test, two-sided; None for n = 0.
+        n: problems.
+        fast_0, fast_1, fast_2: `{"difference", "interval", "n", "method"}`, tuned - base in the shares that `score`
+            gives, as `statistics.paired_differences` finds it; fast_1 and fast_2 are None without timing.
+        both, neither, wins, losses, p_value: of the first answers alone: problems solved by both, by neither, by the
+            tuned model alone, by the base model alone, and the exact McNemar test, two-sided; None for n = 0.
     """
-    pairs = Counter((b.correctness, t.correctness) for b, t in zip(base, tuned, strict=True))
-    wins, losses = pairs[False, True], pairs[True, False]
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if b and t]
+    scores = ("fast_0", "fast_1", "fast_2") if timed else ("fast_0",)
+    found = paired_differences(
+        [[_value(b, name) for b, _ in pairs] for name in scores],
+        [[_value(t, name) for _, t in pairs] for name in scores],
+        resamples,
+        seed,
+    )
+    first = Counter((b[0].correctness, t[0].correctness) for b, t in pairs)
+    wins, losses = first[False, True], first[True, False]
     return {
-        "n": len(base),
-        "both": pairs[True, True],
-        "neither": pairs[False, False],
+        "n": len(pairs),
+        **{"fast_1": None, "fast_2": None},
+        **dict(zip(scores, found, strict=True)),
+        "both": first[True, True],
+        "neither": first[False, False],
         "wins": wins,
         "losses": losses,
-        "p_value": mcnemar_exact(wins, losses) if base else None,
+        "p_value": mcnemar_exact(wins, losses) if pairs else None,
     }
 
 
-def mcnemar_exact(wins: int, losses: int) -> float:
-    """Two-sided p-value of the problems on which two models differ, under a fair coin.
-
-    Q. McNemar (1947), "Note on the sampling error of the difference between correlated proportions or percentages",
-    Psychometrika 12, 153-157, with the exact binomial distribution in place of its normal approximation, because
-    problems are few.
-    """
-    n = wins + losses
-    tail = sum(comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
+def _value(answers: Sequence[Outcome], name: str) -> float:
+    """A problem's share of answers that are correct and, but for fast_0, have this flag."""
+    return sum(o.correctness and (name == "fast_0" or bool(getattr(o, name))) for o in answers) / len(answers)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+SAMPLED = 0.7
+"""Temperature of several samples when none is given; the original system's."""
 
 
 class EvaluationSettings(BaseModel):
@@ -14,12 +17,23 @@ class EvaluationSettings(BaseModel):
 
     max_new_tokens: int = Field(2048, ge=1, description="Longest answer, in tokens, reasoning included.")
     batch_size: int = Field(8, ge=1, description="Answers that are generated at the same time.")
-    samples: int = Field(1, ge=1, description="Answers a problem. All are judged; the scores count the first.")
-    temperature: float = Field(0.0, ge=0.0, description="0 is greedy decoding; above it, answers are sampled.")
+    samples: int = Field(1, ge=1, description="Answers a problem. All are judged, and all count.")
+    temperature: float | None = Field(
+        None,
+        ge=0.0,
+        description="0 is greedy decoding; above it, answers are sampled. Nothing means 0 for one sample and 0.7 for "
+        "several.",
+    )
     top_p: float = Field(
         0.95, gt=0.0, le=1.0, description="Nucleus sampling: the probability mass that is kept. Greedy ignores it."
     )
-    seed: int = Field(0, ge=0, description="Seed of the sampling.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling; each answer's own is made of it.")
+    levels: tuple[int, ...] | None = Field(
+        None, description="Levels of KernelBench that are asked. Nothing means 3 and 4 of the Hub's, all of a folder's."
+    )
+    bootstrap_resamples: int = Field(
+        10_000, ge=1, description="Resamples of the problems behind an interval of a difference or of a mean."
+    )
     max_seen: int = Field(
         64, ge=0, description="Problems of the train split that are asked again; which ones is decided by a hash."
     )
@@ -33,7 +47,24 @@ class EvaluationSettings(BaseModel):
         False, description="Measure the speedup against torch.compile too; it takes seconds a problem."
     )
 
+    @field_validator("temperature")
+    @classmethod
+    def _several_samples_differ(cls, temperature: float | None, info: ValidationInfo) -> float | None:
+        if temperature == 0.0 and info.data.get("samples", 1) > 1:
+            raise ValueError(
+                "several samples at temperature 0 are all the same answer; leave the temperature out, raise it, or ask "
+                "for one sample"
+            )
+        return temperature
+
+    @property
+    def resolved_temperature(self) -> float:
+        """The temperature in force: what was given, else 0.0 for one sample and `SAMPLED` for several."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.samples == 1 else SAMPLED
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
+        return self.resolved_temperature == 0.0

@@ -1,4 +1,4 @@
-"""Reads problems from KernelBench-format files or a JSON Lines file.
+"""What a problem is, and reading a set of them of which every one must be good.
 
 A problem's code is parsed here and never executed: whether it really runs is the judge's business (`verification`).
 """
@@ -6,18 +6,13 @@ A problem's code is parsed here and never executed: whether it really runs is th
 from __future__ import annotations
 
 import ast
-import json
-import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
-
-# KernelBench calls its files "23_Softmax.py" and keeps them in folders called "level1" to "level4".
-_FILE_NAME = re.compile(r"(?:\d+_)?(?P<name>.+)")
-_LEVEL_FOLDER = re.compile(r"level_?(?P<level>\d+)")
+from triton_sft_pipeline.problems.entries import Entry, entries_of, layout_of, require_place
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,8 @@ class Problem:
     """A PyTorch module that a kernel is to be written for.
 
     Attributes:
-        key: unique within one file or folder; the file's stem, or the record's `key` or `sample_key`.
+        key: unique within what was read together: the file's stem, behind its level folder where it is in one
+            ("level3/23_Name"), or the record's `key` or `sample_key`.
         pytorch_code: source text that defines an nn.Module, `get_inputs()` and, when the module takes arguments,
             `get_init_inputs()`.
         source: where the problem comes from, such as "kernelbench"; empty when unknown.
@@ -41,113 +37,83 @@ class Problem:
 
 
 def load_problems(path: Path) -> list[Problem]:
-    """Load every problem under `path`.
+    """Load every problem under `path`, or none: the first that cannot be a problem is an error.
 
     Args:
         path: a folder of `*.py` files (taken in the order of their names; a leading underscore or dot hides a file),
-            one `.py` file, or a `.jsonl` file with `pytorch_code` and `key` (or `sample_key`) on each line.
+            one `.py` file, or a `.jsonl` file with `pytorch_code` and `key` (or `sample_key`) on each line. Also what
+            else of local files `read_problems` takes, which goes on after a bad problem.
 
     Raises:
         PipelineError: nothing there, a file that cannot be read, or a problem without a module or without
             `get_inputs()`.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.py") if not file.name.startswith(("_", ".")))
-        if not files:
-            raise PipelineError(f"{path} holds no problems: put KernelBench-format *.py files there.")
-        return [_problem_from_file(file) for file in files]
-    if not path.is_file():
-        raise PipelineError(
-            f"There are no problems at {path}: name a folder of *.py files, a .py file or a .jsonl file."
-        )
-    if path.suffix == ".py":
-        return [_problem_from_file(path)]
-    if path.suffix == ".jsonl":
-        return _problems_from_jsonl(path)
-    raise PipelineError(f"{path} is neither a folder of *.py files, nor a .py file, nor a .jsonl file.")
-
-
-def _problem_from_file(file: Path) -> Problem:
-    code = _read_text(file)
-    _check_runnable(code, str(file))
-    level = _LEVEL_FOLDER.fullmatch(file.resolve().parent.name)
-    name = _FILE_NAME.fullmatch(file.stem)
-    return Problem(
-        key=file.stem,
-        pytorch_code=code,
-        level=int(level["level"]) if level else None,
-        name=name["name"] if name else None,
-    )
-
-
-def _problems_from_jsonl(file: Path) -> list[Problem]:
-    problems: list[Problem] = []
-    line_of_key: dict[str, int] = {}
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{file}, line {number}"
-        problem = _problem_from_record(_read_record(line, place), place)
-        if problem.key in line_of_key:
-            raise PipelineError(
-                f"{place}: the key {problem.key!r} is on line {line_of_key[problem.key]} already; keys must be unique."
-            )
-        line_of_key[problem.key] = number
-        problems.append(problem)
-    if not problems:
-        raise PipelineError(f"{file} holds no problems: write one JSON object a line, with key and pytorch_code.")
+    problems = []
+    for entry, fault in judged(local_entries(Path(path))):
+        if fault is not None:
+            raise PipelineError(said(entry, fault))
+        problems.append(problem_of(entry))
     return problems
 
 
-def _read_record(line: str, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise PipelineError(f"{place}: not JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise PipelineError(f"{place}: expected a JSON object, found {type(record).__name__}.")
-    return record
+def local_entries(path: Path, *, source: str = "") -> list[Entry]:
+    """What lies in a file or a folder of problems.
+
+    Raises:
+        PipelineError: nothing is there, or nothing in it.
+    """
+    require_place(path)
+    files = layout_of(path).files if path.is_dir() else [(path, "")]
+    if not files:
+        raise PipelineError(
+            f"{path} holds no problems: put KernelBench-format *.py files there, "
+            "or in folders called level1, level2 and so on."
+        )
+    entries = [entry for file, prefix in files for entry in entries_of(file, prefix=prefix, source=source)]
+    if not entries:
+        raise PipelineError(f"{path} holds no problems: write one JSON object a line, with key and pytorch_code.")
+    return entries
 
 
-def _problem_from_record(record: dict[str, Any], place: str) -> Problem:
-    key = record.get("key", record.get("sample_key"))
-    if not isinstance(key, str) or not key:
-        raise PipelineError(f"{place}: no key; give each problem a string `key` (or `sample_key`).")
-    code = record.get("pytorch_code")
-    if not isinstance(code, str):
-        raise PipelineError(f"{place} ({key}): `pytorch_code` must be a string, found {type(code).__name__}.")
-    _check_runnable(code, f"{place} ({key})")
-    level, name = record.get("level"), record.get("name")
-    return Problem(
-        key=key,
-        pytorch_code=code,
-        source=str(record.get("source") or ""),
-        level=level if isinstance(level, int) else None,
-        name=name if isinstance(name, str) else None,
-    )
+def judged(entries: list[Entry]) -> Iterator[tuple[Entry, str | None]]:
+    """Each entry and what is wrong with it, as half a sentence, or None. The second of two equal keys is wrong."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        fault = entry.fault or fault_of(entry.code or "")
+        # A bad problem does not keep its key from a good one.
+        other = first.setdefault(entry.key, entry) if fault is None else entry
+        if other is not entry:
+            where = f"on {other.spot}" if other.file == entry.file and other.spot else f"in {other.place}"
+            fault = f"the key is {where} already; keys must be unique"
+        yield entry, fault
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{file} cannot be read: {error}.") from error
+def problem_of(entry: Entry) -> Problem:
+    """The problem of a good entry."""
+    return Problem(entry.key, entry.code or "", entry.source, entry.level, entry.name)
 
 
-def _check_runnable(code: str, place: str) -> None:
-    """Refuse code that cannot be a problem, judged by its syntax tree alone."""
+def said(entry: Entry, fault: str) -> str:
+    """A fault as a sentence that names its place."""
+    key = f" ({entry.key})" if entry.spot and entry.named else ""
+    join = " " if fault.startswith("cannot be read") else ": "
+    return f"{entry.place}{key}{join}{fault}."
+
+
+def fault_of(code: str) -> str | None:
+    """Why code cannot be a problem, judged by its syntax tree alone, as half a sentence; None for what can."""
+    if not code.strip():
+        return "it is empty; a problem defines an nn.Module and get_inputs()"
     try:
         tree = parse_module(code)
     # ValueError: a null byte; the last two: an expression nested too deep.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise PipelineError(f"{place}: the PyTorch code is not valid Python ({error}).") from error
+        return f"the PyTorch code is not valid Python ({str(error) or type(error).__name__})"
     if not module_classes(tree):
-        raise PipelineError(
-            f"{place}: no class derives from nn.Module; a problem defines the module that the kernel replaces."
-        )
+        return "no class derives from nn.Module; a problem defines the module that the kernel replaces"
     if "get_inputs" not in _top_level_names(tree):
-        raise PipelineError(f"{place}: no get_inputs(); a problem defines the inputs that the module is called with.")
+        return "no get_inputs(); a problem defines the inputs that the module is called with"
+    return None
 
 
 def parse_module(code: str) -> ast.Module:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from triton_sft_pipeline.traces.normalise import blurred, kernel_tokens, module_tokens, shingles, tokens_hash
+from triton_sft_pipeline.problems.normalise import blurred, kernel_tokens, module_tokens, shingles, tokens_hash
 
 Place = tuple[str, int]
 """Where a trace stood: file and 0-based position."""

@@ -22,13 +22,14 @@ from typing import IO, Any
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import atomic_writer, json_bytes, write_json
 from triton_sft_pipeline.problems import Problem
+from triton_sft_pipeline.problems.likeness import HeldOut
+from triton_sft_pipeline.problems.normalise import kernel_tokens, module_tokens
 from triton_sft_pipeline.traces.cache import Cache, Finding, context_of
 from triton_sft_pipeline.traces.canonical import KEPT_FILE, TraceWriter, iterate_kept, read_kept, select
-from triton_sft_pipeline.traces.decontamination import HeldOut, decontamination_step
+from triton_sft_pipeline.traces.decontamination import decontamination_step
 from triton_sft_pipeline.traces.duplicates import TraceKey, form_of
 from triton_sft_pipeline.traces.filters import Dropped, Step, first_refusal, label_steps, quality_steps
 from triton_sft_pipeline.traces.items import Break, Item
-from triton_sft_pipeline.traces.normalise import kernel_tokens, module_tokens
 from triton_sft_pipeline.traces.reader import open_traces
 from triton_sft_pipeline.traces.record import Malformed, RawRecord, Trace, parse_record
 from triton_sft_pipeline.traces.selection import key_of, set_steps

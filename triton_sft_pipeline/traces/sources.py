@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triton_sft_pipeline import hub
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.traces import hub
 
 FORMATS = (".json", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")

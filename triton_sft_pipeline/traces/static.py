@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from triton_sft_pipeline.problems.loading import parse_module
-from triton_sft_pipeline.traces.operators import (
+from triton_sft_pipeline.problems.operators import (
     CONTRACTION,
     WEIGHT,
     Work,

@@ -90,14 +90,25 @@ def _load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def base_config(settings: ModelSettings) -> Any:
+    """The config of the base model, as transformers reads it. Loads no weights.
+
+    Raises:
+        PipelineError: the model or revision is not there.
+    """
+    from transformers import AutoConfig
+
+    with _missing_model_explained(settings):
+        return AutoConfig.from_pretrained(settings.base_model, revision=settings.revision)
+
+
 def _load_base(settings: ModelSettings) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, settings.compute_dtype)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
-    with _missing_model_explained(settings):
-        config = AutoConfig.from_pretrained(settings.base_model, revision=settings.revision)
+    config = base_config(settings)
     layout = known_layout(config)
     _check_before_loading(settings, config, layout)
     if settings.load_in_4bit:

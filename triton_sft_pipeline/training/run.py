@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.files import read_json, sha256_file, write_json
+from triton_sft_pipeline.training import ranks
 from triton_sft_pipeline.training.config import create_training_config
 from triton_sft_pipeline.training.lora import create_lora_config
 from triton_sft_pipeline.training.memory import require_memory
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
+from triton_sft_pipeline.training.reload import LOG_FILE
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 from triton_sft_pipeline.training.trainer import OnLog, OnStep, TrainingRun, train
 
@@ -75,7 +78,7 @@ def train_in_this_process(
     rows = {split: read_rows(dataset, split) for split in ("train", "test")}
     require_memory(model, lora, training)
     loaded, tokenizer = load_model_and_tokenizer(model)
-    return train(
+    run = train(
         loaded,
         tokenizer,
         rows,
@@ -85,3 +88,18 @@ def train_in_this_process(
         on_step=on_step,
         progress=progress,
     )
+    if ranks.rank() == 0:
+        _note_dataset(run.adapter_dir, dataset)
+    return run
+
+
+def _note_dataset(adapter: Path, dataset: Path) -> None:
+    """Have the training log say what was trained on, so that an evaluation can keep it apart. A dataset inside the
+    adapter's directory is named from there, so that both can be moved."""
+    log, place = read_json(adapter / LOG_FILE), Path(dataset).absolute()
+    inside = place.is_relative_to(adapter.absolute())
+    log["dataset"] = {
+        "path": str(place.relative_to(adapter.absolute()) if inside else place),
+        "train_sha256": sha256_file(place / "train.parquet"),
+    }
+    write_json(adapter / LOG_FILE, log)

@@ -152,7 +152,8 @@ def trainer_class(rows: int) -> type[SFTTrainer]:
 
 def without_waiting(optimiser: Any) -> Any:
     """`optimiser` (a class) itself, or, where it is one of bitsandbytes', one that computes the same without waiting
-    for the device after every tensor. Where states are paged it waits as before: they move behind torch's back."""
+    for the device after every tensor. The device does things in order anyway; only who reads paged states on the host,
+    as saving does, has to wait, so `state_dict` does."""
     if optimiser.__module__.partition(".")[0] != "bitsandbytes":
         return optimiser
     from bitsandbytes.optim import optimizer as library
@@ -162,13 +163,18 @@ def without_waiting(optimiser: Any) -> Any:
 
     class Unwaiting(optimiser):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
-            if self.is_paged:
-                return super().step(closure)
             wait, library.sync_gpu = library.sync_gpu, _nothing
             try:
                 return super().step(closure)
             finally:
                 library.sync_gpu = wait
+
+        def state_dict(self) -> Any:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return super().state_dict()
 
     # Trainer looks where an optimiser comes from.
     Unwaiting.__module__, Unwaiting.__name__ = optimiser.__module__, optimiser.__name__

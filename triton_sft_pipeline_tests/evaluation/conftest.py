@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from triton_sft_pipeline.evaluation import EvaluationSettings, evaluate
+from triton_sft_pipeline.evaluation import EvaluationSettings, LocalAsker, evaluate
 from triton_sft_pipeline.problems import Problem
 from triton_sft_pipeline_tests.evaluation.models import RecordingJudge, ScriptedModel, byte_tokenizer
 
@@ -66,16 +66,15 @@ def run(
     model = ScriptedModel(tokenizer, ANSWERS)
     judge = judge or RecordingJudge(VERDICTS)
     steps: list[tuple[int, int]] = []
+    asked = EvaluationSettings(max_new_tokens=400, **settings)
     report = evaluate(
-        model,
-        tokenizer,
+        LocalAsker(model, tokenizer, asked, has_adapter),
         SPLITS if splits is None else splits,
-        EvaluationSettings(max_new_tokens=400, **settings),
+        asked,
         judge=judge,
         out_dir=directory,
         provenance={"preset": "tiny", "adapter": {"hash": "ab" * 32}, "notes": ["The base had read the fragments."]},
-        has_adapter=has_adapter,
-        progress=lambda done, total: steps.append((done, total)),
+        progress=lambda done, total, note="": steps.append((done, total)),
     )
     return Evaluation(report, directory, judge, model, steps)
 

@@ -71,14 +71,17 @@ def micro_afmoe(tokenizer: Any, **overrides: Any) -> Any:
 
 
 class ScriptedModel:
-    """Writes prescribed answers, token by token, the way `generate` of transformers does: stopping criteria, padding
-    and all.
+    """Writes prescribed answers, token by token, the way a causal language model with a cache does.
 
     Args:
         tokenizer: a byte-level tokenizer.
         answers: (a piece of the prompt, adapter on?) -> what is written after the generation prompt, without the end
             token.
         end: whether the end-of-turn token is written after an answer.
+
+    Attributes:
+        asked: (rows, adapter on?) of each batch.
+        widths: rows of each step.
     """
 
     def __init__(self, tokenizer: Any, answers: dict[tuple[str, bool], str], end: bool = True) -> None:
@@ -88,14 +91,18 @@ class ScriptedModel:
         self.adapter, self.training = True, True
         self.config = SimpleNamespace(max_position_embeddings=4096)
         self.generation_config = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
-        self._weight = torch.nn.Embedding(1, 1)
+        self._weight = torch.nn.Embedding.from_pretrained(torch.ones(1, 1))
         self.asked: list[tuple[int, bool]] = []
+        self.widths: list[int] = []
 
     def modules(self) -> Iterator[Any]:
         return iter([self])
 
     def parameters(self) -> Iterator[Any]:
         return self._weight.parameters()
+
+    def named_parameters(self) -> Iterator[Any]:
+        return self._weight.named_parameters()
 
     def eval(self) -> None:
         self.training = False
@@ -111,22 +118,25 @@ class ScriptedModel:
         finally:
             self.adapter = True
 
-    def generate(self, input_ids: Any, attention_mask: Any, generation_config: Any, stopping_criteria: Any) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
+        return self.forward(**inputs)
+
+    def forward(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool
+    ) -> Any:
         import torch
 
-        assert not self.training
-        self.asked.append((input_ids.shape[0], self.adapter))
-        scripts = [self._script(row) for row in input_ids]
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        running = torch.ones(input_ids.shape[0], dtype=torch.bool)
-        for step in range(generation_config.max_new_tokens):
-            column = [s[step] if step < len(s) else ord("z") for s in scripts]
-            column = torch.where(running, torch.tensor(column), torch.tensor(pad))
-            input_ids = torch.cat([input_ids, column[:, None]], dim=1)
-            running &= ~stopping_criteria(input_ids, None) & (column != end)
-            if not running.any():
-                break
-        return input_ids
+        assert not self.training and use_cache
+        cache = past_key_values
+        if cache is None:
+            self.asked.append((input_ids.shape[0], self.adapter))
+            cache = ScriptedCache([self._script(row) for row in input_ids])
+        self.widths.append(input_ids.shape[0])
+        assert input_ids.shape[0] == len(cache.scripts) == attention_mask.shape[0] == position_ids.shape[0]
+        column = [s[cache.step] if cache.step < len(s) else ord("z") for s in cache.scripts]
+        cache.step += 1
+        logits = torch.nn.functional.one_hot(torch.tensor(column), len(self.tokenizer)).float() * 1e4
+        return SimpleNamespace(logits=logits[:, None], past_key_values=cache)
 
     def _script(self, row: Any) -> list[int]:
         prompt = self.tokenizer.decode(row)
@@ -135,12 +145,23 @@ class ScriptedModel:
         return [*tokens, self.tokenizer.eos_token_id] if self.end else tokens
 
 
+class ScriptedCache:
+    """What a `ScriptedModel` remembers of a batch."""
+
+    def __init__(self, scripts: list[list[int]]) -> None:
+        self.scripts, self.step = scripts, 0
+
+    def batch_select_indices(self, indices: Any) -> None:
+        self.scripts = [self.scripts[i] for i in indices.tolist()]
+
+
 class RecordingJudge:
     """Gives the verdict that `verdicts` names for a piece of the code, else "verified"; last item first."""
 
     def __init__(self, verdicts: dict[str, str] | None = None, **fields: Any) -> None:
         self.verdicts = verdicts or {}
         self.fields = {"device": "cpu", "backend": "interpreter", "isolation": "process", **fields}
+        self.backend: str | None = None
         self.items: list[JudgeItem] = []
 
     def verify_many(self, items: Iterable[JudgeItem]) -> Iterator[Verdict]:

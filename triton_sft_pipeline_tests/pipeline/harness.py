@@ -66,13 +66,35 @@ class RecordedGPU(GPUResource):
         yield object(), object()
 
 
-def answer_nothing(model: Any, tokenizer: Any, prompts: list[str], settings: Any, **options: Any) -> list[Completion]:
-    """Every model answers without a kernel."""
-    completions = [Completion(i, 0, "<think>\nno idea", 10, 3, "eos", 0.0) for i in range(len(prompts))]
-    for completion in completions:
-        if options.get("on_completion"):
-            options["on_completion"](completion)
-    return completions
+class RecordedAsker:
+    """Answers nothing, or with the same kernel every time, and remembers what it was asked.
+
+    Attributes:
+        asked: (model, prompt, seed) of every answer that was given.
+        text: the answer.
+        dies_after: answers until it breaks off; None: never.
+    """
+
+    models = ("base", "tuned")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, int]] = []
+        self.text = "<think>\nno idea"
+        self.dies_after: int | None = None
+
+    def ask(self, model: str, requests: Any, on_completion: Any) -> None:
+        for request in requests:
+            if self.dies_after is not None and len(self.asked) >= self.dies_after:
+                raise BrokenOff
+            self.asked.append((model, request.prompt, request.seed))
+            on_completion(Completion(request.index, request.sample, self.text, 10, 3, "eos", 0.1))
+
+    def facts(self) -> dict[str, Any]:
+        return {"asked": "by a recording"}
+
+
+class BrokenOff(Exception):
+    """An error that nothing in the pipeline knows."""
 
 
 class AgreeingJudge(JudgeResource):
@@ -81,6 +103,10 @@ class AgreeingJudge(JudgeResource):
     @contextmanager
     def open(self, config: Config) -> Iterator[Any]:
         yield self
+
+    @property
+    def backend(self) -> str:
+        return "interpreter"
 
     def verify_many(self, items: Any) -> Iterator[Verdict]:
         for item in items:
@@ -121,6 +147,8 @@ class Pipeline:
         self.said: list[str] = []
         self.resources: dict[str, Any] = {"gpu": RecordedGPU(), "judge": AgreeingJudge()}
         self.config = load_config()
+        self.asker = RecordedAsker()
+        monkeypatch.setattr("triton_sft_pipeline.evaluation.LocalAsker", lambda *_, **__: self.asker)
         monkeypatch.setenv("TRITON_SFT_HOME", str(self.store.root))
         monkeypatch.setenv("TRITON_SFT_TRACES", str(self.traces))
         self.write(sample_traces())

@@ -66,9 +66,10 @@ def refreshed(home: Path) -> str:
 def test_the_tuned_model_writes_kernels_that_hold_where_the_base_writes_none(home: Path, refreshed: str) -> None:
     report = json.loads((home / "storage/evaluation_report/current/report.json").read_text())
     assert report["headline"] in refreshed
-    assert report["base"]["seen"]["verified"] == 0
+    assert report["base"]["seen"]["fast_0"]["count"] == 0
     assert report["tuned"]["seen"]["n"] == 4
-    assert report["tuned"]["seen"]["verified"] >= 3
+    assert report["tuned"]["seen"]["fast_0"]["count"] >= 3
+    assert report["comparison"]["seen"]["wins"] >= 3 and report["comparison"]["seen"]["losses"] == 0
     assert report["tuned"]["held_out"]["n"] == report["base"]["held_out"]["n"] == 10
 
 
@@ -86,7 +87,7 @@ def test_a_second_refresh_finds_nothing_to_do(home: Path, refreshed: str) -> Non
 
 def test_infer_answers_with_reasoning_and_a_kernel(home: Path, refreshed: str) -> None:
     report = json.loads((home / "storage/evaluation_report/current/report.json").read_text())
-    known = next(p for p in report["problems"] if p["split"] == "seen" and p["tuned"]["correctness"])
+    known = next(p for p in report["problems"] if p["split"] == "seen" and p["tuned"][0]["correctness"])
     (home / "problem.py").write_text(known["pytorch_code"])
     answer = run(home, "-m", "triton_sft_pipeline.cli", "infer", "problem.py", "--out", "kernel.py")
     assert answer.startswith("<think>")

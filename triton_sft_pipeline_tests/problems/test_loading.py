@@ -66,6 +66,7 @@ def test_a_module_may_have_any_base_class(tmp_path: Path, base: str) -> None:
     [
         ("missing.py", None, "no problems at"),
         ("p.txt", "x", "neither a folder"),
+        ("p.py", " \n", "it is empty"),
         ("p.py", "class Model(", "not valid Python"),
         ("p.py", "x = '\0'", "not valid Python"),
         ("p.py", "import torch\ndef get_inputs(): return []\n", "no class derives from nn.Module"),
@@ -104,7 +105,7 @@ def test_a_file_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_key_that_appears_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
     record = {"key": "a", "pytorch_code": CODE}
-    with pytest.raises(PipelineError, match=r"line 2: the key 'a' is on line 1 already"):
+    with pytest.raises(PipelineError, match=r"line 2 \(a\): the key is on line 1 already"):
         load_problems(write_jsonl(tmp_path / "p.jsonl", record, record))
 
 

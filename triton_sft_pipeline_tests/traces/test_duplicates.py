@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from triton_sft_pipeline.problems import fingerprint
+from triton_sft_pipeline.problems.normalise import blurred, kernel_tokens, module_tokens, shingles
 from triton_sft_pipeline.traces import duplicates
 from triton_sft_pipeline.traces.duplicates import Candidate, Candidates, Refusals, TraceKey, find_duplicates, form_of
-from triton_sft_pipeline.traces.normalise import blurred, kernel_tokens, module_tokens, shingles
+from triton_sft_pipeline_tests.problems.test_normalise import KERNEL, RESPELLED
 from triton_sft_pipeline_tests.traces.records import MODULE
-from triton_sft_pipeline_tests.traces.test_normalise import KERNEL, RESPELLED
 
 REAL = os.environ.get("TRITON_SFT_REAL_TRACES")
 

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
+from triton_sft_pipeline import hub
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.traces import hub
 from triton_sft_pipeline.traces.reader import hash_location, open_traces
 from triton_sft_pipeline.traces.record import RawRecord
 from triton_sft_pipeline.traces.sources import resolve

@@ -276,7 +276,11 @@ def test_a_model_that_cannot_be_read_is_left_to_the_loader(gpu: Any, afmoe: Mode
 def test_the_shipped_presets_are_read_as_the_configuration_reads_them() -> None:
     from triton_sft_pipeline.config import load_config, preset_names
 
-    assert sorted(PRESETS) == preset_names() == ["tiny", "trinity-mini", "trinity-mini-16k", "trinity-mini-24gb"]
+    assert (
+        sorted(PRESETS)
+        == preset_names()
+        == ["smollm2-135m", "tiny", "trinity-mini", "trinity-mini-16k", "trinity-mini-24gb"]
+    )
     for name, (_, lora, training) in PRESETS.items():
         config = load_config(name, environ={})
         assert (config.lora, config.training) == (lora, training)

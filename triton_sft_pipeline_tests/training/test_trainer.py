@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError
+from triton_sft_pipeline.evaluation.contamination import training_problems
+from triton_sft_pipeline.files import read_json, sha256_file
 from triton_sft_pipeline.training.config import create_training_config
 from triton_sft_pipeline.training.lora import create_lora_config
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
@@ -160,6 +162,27 @@ def test_a_dataset_directory_trains_like_plain_rows(setup: Setup, trained: Train
     assert read_rows(tmp_path, "test") == setup.dataset["test"]
     run = train_on_dataset(setup.model, setup.lora, setup.training, tmp_path, tmp_path / "out")
     assert losses(run) == losses(trained)
+    assert read_json(run.adapter_dir / "training_log.json")["dataset"] == {
+        "path": str(tmp_path),
+        "train_sha256": sha256_file(tmp_path / "train.parquet"),
+    }
+
+
+def test_a_dataset_inside_of_the_output_can_be_moved_with_it(setup: Setup, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dataset = tmp_path / "out" / "dataset"
+    dataset.mkdir(parents=True)
+    for split, rows in setup.dataset.items():
+        pq.write_table(pa.Table.from_pylist(rows), dataset / f"{split}.parquet")
+    run = train_on_dataset(
+        setup.model, setup.lora, setup.but(training={"max_steps": 1}).training, dataset, tmp_path / "out"
+    )
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert run.adapter_dir == tmp_path / "out"
+    found = training_problems(moved, None, None)
+    assert found is not None and found.dataset == moved / "dataset"
 
 
 def test_a_directory_that_is_no_dataset_is_named_with_the_fix(tmp_path: Path) -> None:

@@ -63,9 +63,11 @@ def test_an_interval_nearly_always_contains_the_true_speedup() -> None:
         assert sum(one.low <= speedup <= one.high for one in found) >= 58
 
 
-@pytest.mark.parametrize("reference_ms", [0.1, 0.0067])
-def test_a_kernel_that_is_a_fifth_faster_is_called_faster(reference_ms: float) -> None:
-    found = estimates(1.2, 60, reference_ms)
+@pytest.mark.parametrize(("speedup", "reference_ms"), [(1.2, 0.1), (1.35, 0.0067)])
+def test_a_kernel_that_is_a_fifth_faster_or_an_operators_a_third_is_called_faster(
+    speedup: float, reference_ms: float
+) -> None:
+    found = estimates(speedup, 60, reference_ms)
     assert sum(flags(one.low) == (True, False) for one in found) >= 58
 
 
@@ -122,7 +124,7 @@ def test_the_numbers_are_those_of_the_times() -> None:
 def test_times_without_any_spread_are_uncertain_by_the_noise_floor() -> None:
     found = estimate([[0.2] * 5] * 4, [[0.1] * 5] * 4)
     noise = noise_floor(0.2, 0.1)
-    assert noise == pytest.approx(RELATIVE_NOISE + 0.00025 * (5 + 10))
+    assert noise == pytest.approx(RELATIVE_NOISE + 0.0005 * (5 + 10))
     assert (found.low, found.high) == (pytest.approx(2 / (1 + noise)), pytest.approx(2 * (1 + noise)))
 
 
@@ -180,3 +182,9 @@ def test_an_estimate_takes_no_time_worth_mentioning() -> None:
         estimate(reference, kernel)
         took.append(time.process_time() - began)
     assert min(took) < 0.1
+
+
+def test_the_same_kernel_in_two_processes_is_not_called_faster() -> None:
+    """The largest ratio of 200 such pairs on an H200, and without any spread within: only the floor stands there."""
+    assert not flags(estimate([[0.00521] * 5] * 4, [[0.00427] * 5] * 4).low)[0]
+    assert flags(estimate([[0.00641] * 5] * 4, [[0.00427] * 5] * 4).low)[0]

@@ -1,5 +1,5 @@
-"""Causal attention over whole documents, with an optional sliding window: torch's flash kernels on CUDA, cuDNN's where
-there is no window and the GPU is a Hopper or newer, a plain masked softmax elsewhere.
+"""Causal attention over whole documents, with an optional sliding window: torch's flash kernels on CUDA, cuDNN's
+where the GPU is a Hopper or newer and documents are as long as whole windows, a plain masked softmax elsewhere.
 
 Both directions are plain functions on [N, heads, head_dim] tensors, N being all tokens of a micro-batch one after the
 other, so that a caller can keep the output of the forward pass and never compute it again.
@@ -7,12 +7,14 @@ other, so that a caller can keep the output of the forward pass and never comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from triton_sft_pipeline.training.fast import blocks
+from triton_sft_pipeline.training.fast.blocks import CUDNN
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,9 @@ def flash(
         out = torch.einsum("hnm,mhd->nhd", weights, _repeated(v, q)).to(q.dtype)
         return out, log_sum, None
     if _by_cudnn(q, window, cu_seqlens, max_len):
-        out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *_heads_first((q, k, v), max_len), None, True, 0.0, True, False, scale=q.shape[-1] ** -0.5
-        )
-        return out.transpose(1, 2).reshape(q.shape), log_sum, None
+        rows = [tensor.unflatten(0, (-1, max_len)) for tensor in (q, k, v)]
+        out, log_sum = blocks.forward(rows[0], rows[1], rows[2], window, CUDNN)
+        return out.view(q.shape), log_sum, None
     left, right, causal = _window(window)
     out, log_sum, random, _, _ = torch.ops.aten._flash_attention_forward(
         *(_rows(tensor, cu_seqlens, max_len) for tensor in (q, k, v)),
@@ -104,14 +105,9 @@ def flash_backward(
     if not q.is_cuda:
         return _plain_backward(grad, q, k, v, out, window, cu_seqlens, max_len)
     if _by_cudnn(q, window, cu_seqlens, max_len):
-        unused = torch.empty((), dtype=torch.int64, device=q.device)
-        gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *_heads_first((grad, q, k, v, out), max_len),
-            *(log_sum, unused, unused, None, None, None, max_len, max_len, 0.0, True),
-            scale=q.shape[-1] ** -0.5,
-        )
-        dq, dk, dv = (g.transpose(1, 2).reshape(like.shape) for g, like in zip(gradients, (q, k, v), strict=True))
-        return dq, dk, dv
+        rows = [tensor.unflatten(0, (-1, max_len)) for tensor in (grad, q, k, v, out)]
+        dq, dk, dv = blocks.backward(rows[0], rows[1], rows[2], rows[3], rows[4], log_sum, window, CUDNN)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
     left, right, causal = _window(window)
     rows = [_rows(tensor, cu_seqlens, max_len) for tensor in (grad, q, k, v, out)]
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -134,17 +130,12 @@ def flash_backward(
 
 
 def _by_cudnn(q: Tensor, window: int | None, cu_seqlens: Tensor | None, max_len: int) -> bool:
-    """Whether cuDNN's kernels serve: nearly twice as fast, but they know no window, and each length costs a second of
-    preparation, hence only lengths that come again (graphs round theirs up)."""
-    if cu_seqlens is not None or (window is not None and window < max_len) or max_len % 64:
+    """Whether cuDNN's kernels serve: nearly twice as fast, but they know no window other than by blocks of its size,
+    and each length costs a second of preparation, hence only lengths that come again (graphs round theirs up)."""
+    if cu_seqlens is not None or max_len % 64 or (window is not None and window < max_len and max_len % window):
         return False
     fits = q.shape[-1] in (64, 128) and q.dtype in (torch.bfloat16, torch.float16)
     return fits and torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
-def _heads_first(tensors: Sequence[Tensor], max_len: int) -> list[Tensor]:
-    """[rows, heads, max_len, head_dim], as views."""
-    return [tensor.unflatten(0, (-1, max_len)).transpose(1, 2) for tensor in tensors]
 
 
 def _window(window: int | None) -> tuple[int | None, int | None, bool]:

@@ -102,10 +102,12 @@ def test_a_weight_of_no_long_tensor_gets_a_place_of_its_own() -> None:
 def test_eight_bit_steps_are_those_of_the_weights_alone(paged: bool) -> None:
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
+    from triton_sft_pipeline.training.sft import without_waiting
+
     make = PagedAdamW8bit if paged else AdamW8bit
     alone, joined = weights(torch.bfloat16, "cuda"), weights(torch.bfloat16, "cuda")
     together = FlatWeights(joined)
-    one, other = make(alone, lr=0.01), make(together.parameters, lr=0.01)
+    one, other = make(alone, lr=0.01), without_waiting(make)(together.parameters, lr=0.01)
     together.before_each_step(other)
     for step in range(5):
         for several in (alone, joined):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_sft_pipeline.traces.normalise import blurred, kernel_tokens, module_tokens, shingles, tokens_hash
+from triton_sft_pipeline.problems.normalise import blurred, kernel_tokens, module_tokens, shingles, tokens_hash
 
 KERNEL = """
 import torch

@@ -16,7 +16,7 @@ SCHEME = "hf://"
 _PLACE = re.compile(
     r"hf:/{1,2}(?:datasets/)?(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?", re.DOTALL
 )
-# What the Hub's own tools keep beside the data; no traces.
+# What the Hub's own tools keep beside the data.
 _BOOKKEEPING = ["dataset_infos.json", "**/dataset_infos.json", "dataset_info.json", "**/dataset_info.json"]
 
 
@@ -54,13 +54,16 @@ def parse(place: str) -> HubPlace:
     return HubPlace(match["repo"], revision and revision.replace("%2F", "/"), (match["path"] or "").strip("/"))
 
 
-def fetch(place: str, suffixes: Sequence[str], origin: str | None = None) -> list[tuple[str, Path]]:
+def fetch(
+    place: str, suffixes: Sequence[str], origin: str | None = None, what: str = "traces"
+) -> list[tuple[str, Path]]:
     """Download what is not yet in the Hub's cache and list it. Without a network, what the cache holds is all there is.
 
     Args:
         place: see `parse`.
         suffixes: which files of a folder, a pattern or a whole dataset are wanted.
         origin: what the place was read from, for the error.
+        what: what the files should hold, for the error.
 
     Returns:
         (hf:// name, local path) of each file, by name.
@@ -73,7 +76,7 @@ def fetch(place: str, suffixes: Sequence[str], origin: str | None = None) -> lis
     prefix = SCHEME + wanted.repo + (f"@{wanted.revision.replace('/', '%2F')}" if wanted.revision else "")
     found = [(f"{prefix}/{path.relative_to(root).as_posix()}", path) for path in _matching(root, wanted.path, suffixes)]
     if not found:
-        raise PipelineError(f"{place}: the dataset holds no such file of traces ({', '.join(suffixes)}).")
+        raise PipelineError(f"{place}: the dataset holds no such file of {what} ({', '.join(suffixes)}).")
     return found
 
 
@@ -108,7 +111,8 @@ def _snapshot(wanted: HubPlace, place: str, suffixes: Sequence[str], origin: str
     except LocalEntryNotFoundError as error:
         raise PipelineError(
             f"{place}{setting}: not in the local cache, and the Hub cannot be reached. "
-            "Download it once with a network, or name local files."
+            "Download it once where there is a network "
+            f"(hf download {wanted.repo} --repo-type dataset --local-dir DIR), and name that folder."
         ) from error
     except Exception as error:  # Whatever the network, the disk or the client's own rules object to.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

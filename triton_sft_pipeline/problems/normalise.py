@@ -6,7 +6,7 @@ way a library is imported, `x.abs()` for `torch.abs(x)` and what nothing refers 
 rest). Names that the code itself chose are numbered by their first appearance, so that equal tokens mean the same
 computation under other names. Code that does not parse is split into words and signs instead.
 
-Knows nothing of traces.
+Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from triton_sft_pipeline.problems.loading import parse_module
-from triton_sft_pipeline.traces.syntax_tokens import DEFINITIONS, Statement, file_tokens, parts
+from triton_sft_pipeline.problems.syntax_tokens import DEFINITIONS, Statement, file_tokens, parts
 
 KERNEL_ROOTS = frozenset({"triton_kernel_wrapper", "ModelNew"})
 _WORD = re.compile(r"#[^\n]*|\"\"\".*?\"\"\"|'''.*?'''|\"[^\"\n]*\"|'[^'\n]*'|[^\W\d]\w*|\d[\w.]*|\S", re.DOTALL)

@@ -188,7 +188,11 @@ def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]
 
 def _built_family(node: ast.Call, paths: dict[str, str]) -> str | None:
     """The family of the module that `nn.Linear(...)` builds."""
-    path = path_of(node.func, paths)
+    return layer_family(path_of(node.func, paths))
+
+
+def layer_family(path: str) -> str | None:
+    """The family of a layer by its dotted path ("torch.nn.Linear"); None for what is no heavy layer."""
     return _CLASSES.get(path.rpartition(".")[2]) if path.startswith("torch.nn.") else None
 
 
