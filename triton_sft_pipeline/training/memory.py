@@ -57,7 +57,7 @@ class Footprint:
         linears: every other linear layer but head and routers.
         others: embeddings, head, routers and norms, never quantised.
         adapter: LoRA weights.
-        gradients: one number for each of the adapter.
+        gradients: one number for each of the adapter; three with several GPUs.
         optimiser: AdamW's two moments of each.
         paged: whether the driver may move the optimiser's state to the host while a step needs the room.
         kept: what each layer keeps for its backward pass.
@@ -136,7 +136,8 @@ def footprint(
     return replace(
         base,
         adapter=numbers * width,
-        gradients=numbers * width,
+        # Several GPUs: what a process adds up, what is exchanged, and the places that its graphs write to.
+        gradients=numbers * width * (1 if training.gpus == 1 else 3),
         optimiser=sum(_optimiser_state(size, training.optim, width) for size in tensors),
         paged=training.optim.startswith("paged"),
         kept=step.kept() if training.gradient_checkpointing else step.layers * step.layer(),

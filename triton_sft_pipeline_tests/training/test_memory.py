@@ -185,6 +185,12 @@ def test_a_paged_optimiser_takes_only_the_room_that_a_step_leaves() -> None:
     assert Footprint(**{**there, "optimiser": 9}, paged=True).total == 19
 
 
+def test_several_gpus_hold_the_gradients_three_times(trinity: Any) -> None:
+    one, two = taken(trinity, "trinity-mini-24gb"), taken(trinity, "trinity-mini-24gb", gpus=2)
+    assert two.gradients == 3 * one.gradients == 3 * 2 * one.adapter_parameters
+    assert two.total - one.total == 2 * one.gradients
+
+
 def test_more_tokens_take_more_for_activations_alone(trinity: Any) -> None:
     short, long = taken(trinity, "trinity-mini"), taken(trinity, "trinity-mini", max_length=16384)
     many = taken(trinity, "trinity-mini", per_device_batch_size=4)
