@@ -9,10 +9,11 @@ equal or neighbours. Equal infinities match; an infinity and a number do not, wh
 from __future__ import annotations
 
 import functools
+import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.verification.verdict import Finding
@@ -76,7 +77,12 @@ def compare(expected: Value, actual: Value, slack: Sequence[float] = (), place: 
             is negative or not finite.
         place: what the sentence calls the value.
     """
-    return _compare(expected, actual, chain(slack, repeat(0.0)), place)
+    return _compare(expected, actual, chain(slack, repeat(0.0)), place, brief=False)
+
+
+def matches(expected: Value, actual: Value, slack: Sequence[float] = ()) -> bool:
+    """Whether `compare` finds no difference. Looks no further than the first one, which is seldom far."""
+    return _compare(expected, actual, chain(slack, repeat(0.0)), "", brief=True) is None
 
 
 def is_near_constant(values: Sequence[Value]) -> bool:
@@ -84,10 +90,10 @@ def is_near_constant(values: Sequence[Value]) -> bool:
 
     Fewer than two values show nothing: False.
     """
-    return len(values) > 1 and all(compare(values[0], value) is None for value in values[1:])
+    return len(values) > 1 and all(matches(values[0], value) for value in values[1:])
 
 
-def _compare(expected: Value, actual: Value, slacks: Iterator[float], place: str) -> Finding | None:
+def _compare(expected: Value, actual: Value, slacks: Iterator[float], place: str, brief: bool) -> Finding | None:
     if isinstance(expected, tuple) or isinstance(actual, tuple):
         if not isinstance(expected, tuple) or not isinstance(actual, tuple) or len(expected) != len(actual):
             return _structure(expected, actual, place)
@@ -97,18 +103,18 @@ def _compare(expected: Value, actual: Value, slacks: Iterator[float], place: str
             return _structure(expected, actual, place)
         pairs = [(f"{place}[{key!r}]", expected[key], actual[key]) for key in expected]
     else:
-        return _compare_leaves(expected, actual, slacks, place)
-    return next((found for name, e, a in pairs if (found := _compare(e, a, slacks, name))), None)
+        return _compare_leaves(expected, actual, slacks, place, brief)
+    return next((found for name, e, a in pairs if (found := _compare(e, a, slacks, name, brief))), None)
 
 
-def _compare_leaves(expected: Value, actual: Value, slacks: Iterator[float], place: str) -> Finding | None:
+def _compare_leaves(expected: Value, actual: Value, slacks: Iterator[float], place: str, brief: bool) -> Finding | None:
     if isinstance(expected, Array):
         slack = next(slacks)
-        return _compare_arrays(expected, actual, slack, place)
+        return _compare_arrays(expected, actual, slack, place, brief)
     if isinstance(expected, float) and isinstance(actual, float | int):
         # Python numbers come from single-precision tensors more often than not: their tolerance.
         tolerance = TOLERANCES["float32"]
-        return _compare_floats(_scalar(expected), _scalar(float(actual)), tolerance, 0.0, place)
+        return _compare_floats(_scalar(expected), _scalar(float(actual)), tolerance, 0.0, place, brief)
     if type(expected) is not type(actual):
         return _structure(expected, actual, place)
     if expected != actual:
@@ -116,7 +122,7 @@ def _compare_leaves(expected: Value, actual: Value, slacks: Iterator[float], pla
     return None
 
 
-def _compare_arrays(expected: Array, actual: Value, slack: float, place: str) -> Finding | None:
+def _compare_arrays(expected: Array, actual: Value, slack: float, place: str, brief: bool) -> Finding | None:
     if not isinstance(actual, Array):
         return _structure(expected, actual, place)
     # Before any element is looked at: an array with strides may claim more elements than anyone can go through.
@@ -127,70 +133,116 @@ def _compare_arrays(expected: Array, actual: Value, slack: float, place: str) ->
     if 0 in expected.shape:
         return None
     if expected.dtype in _SMALL_FLOATS:
-        return _compare_floats(expected, actual, None, _usable(slack), place)
+        return _compare_floats(expected, actual, None, _usable(slack), place, brief)
     if expected.dtype in TOLERANCES:
-        return _compare_floats(expected, actual, TOLERANCES[expected.dtype], _usable(slack), place)
-    return _compare_exactly(expected, actual, place)
+        return _compare_floats(expected, actual, TOLERANCES[expected.dtype], _usable(slack), place, brief)
+    return _compare_exactly(expected, actual, place, brief)
 
 
-def _compare_exactly(expected: Array, actual: Array, place: str) -> Finding | None:
+def _compare_exactly(expected: Array, actual: Array, place: str, brief: bool) -> Finding | None:
+    found = _looked_through(expected, actual, functools.partial(_unequal, expected.dtype == "bool"), brief)
+    if not found.wrong:
+        return None
+    return Finding("incorrect_numerical", f"{place} differs in {found.wrong} of {found.total} values.")
+
+
+def _unequal(truth: bool, e: NDArray[Any], a: NDArray[Any]) -> _Differences:
     import numpy as np
 
-    wrong = total = 0
-    for e, a in zip(_blocks(expected), _blocks(actual), strict=True):
-        if expected.dtype == "bool":
-            # Any byte but 0 means true.
-            e, a = e != 0, a != 0
-        wrong += int(np.count_nonzero(e != a))
-        total += e.size
-    return Finding("incorrect_numerical", f"{place} differs in {wrong} of {total} values.") if wrong else None
+    if truth:
+        # Any byte but 0 means true.
+        e, a = e != 0, a != 0
+    return _Differences(e.size, int(np.count_nonzero(e != a)))
 
 
 def _compare_floats(
-    expected: Array, actual: Array, tolerance: float | None, slack: float, place: str
+    expected: Array, actual: Array, tolerance: float | None, slack: float, place: str, brief: bool
 ) -> Finding | None:
     """Compare numbers that may be off by a tolerance; with None, by one step of their format."""
-    import numpy as np
-
-    wrong = total = unexpected = missing = 0
-    largest = 0.0
     dtype = expected.dtype
-    for expected_codes, actual_codes in zip(_blocks(expected), _blocks(actual), strict=True):
-        total += expected_codes.size
-        if np.array_equal(expected_codes, actual_codes):
-            continue
-        e, a = _decoded(dtype, expected_codes), _decoded(dtype, actual_codes)
-        # The difference of two infinities, and of two numbers too far apart.
-        with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.abs(a - e)
-            if tolerance is None:
-                close = _neighbours(dtype, expected_codes, actual_codes) | (difference <= slack)
-            else:
-                close = difference <= (tolerance + slack) + tolerance * np.abs(e)
-            close &= np.isfinite(difference)
-        if close.all():
-            continue
-        nan_expected, nan_actual = np.isnan(e), np.isnan(a)
-        unexpected += _count(nan_actual & ~nan_expected)
-        missing += _count(nan_expected & ~nan_actual)
-        different = ~(close | (e == a) | (nan_expected & nan_actual))
-        wrong += _count(different)
-        largest = max(largest, float(np.fmax.reduce(difference[different], axis=None, initial=0.0)))
-    if unexpected or missing:
+    found = _looked_through(expected, actual, functools.partial(_too_far, dtype, tolerance, slack), brief)
+    if found.unexpected or found.missing:
         return Finding(
             "incorrect_nan",
-            f"{place} is NaN in {unexpected} places where the reference is not, and not NaN in {missing} where it is.",
+            f"{place} is NaN in {found.unexpected} places where the reference is not, "
+            f"and not NaN in {found.missing} where it is.",
         )
-    if not wrong:
+    if not found.wrong:
         return None
     allowed = f"one step of {dtype}" if tolerance is None else f"{tolerance:g} (absolute and relative)"
     if slack:
         allowed += f" and {slack:.3g} for the reference's own precision"
     return Finding(
         "incorrect_numerical",
-        f"{place} differs in {wrong} of {total} values by more than {allowed}; "
-        f"the largest difference is {largest:.3g}.",
+        f"{place} differs in {found.wrong} of {found.total} values by more than {allowed}; "
+        f"the largest difference is {found.largest:.3g}.",
     )
+
+
+def _too_far(
+    dtype: str, tolerance: float | None, slack: float, expected: NDArray[Any], actual: NDArray[Any]
+) -> _Differences:
+    """What is different in one block of numbers."""
+    import numpy as np
+
+    if np.array_equal(expected, actual):
+        return _Differences(expected.size)
+    e, a = _decoded(dtype, expected), _decoded(dtype, actual)
+    # The difference of two infinities, and of two numbers too far apart.
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.subtract(a, e)
+        difference = np.abs(difference, out=None if np.iscomplexobj(difference) else difference)
+        if tolerance is None:
+            close = _neighbours(dtype, expected, actual) | (difference <= slack)
+        else:
+            limit = np.abs(e)
+            limit *= tolerance
+            limit += tolerance + slack
+            close = difference <= limit
+        if not np.isfinite(difference.max()):
+            close &= np.isfinite(difference)
+    if close.all():
+        return _Differences(expected.size)
+    nan_expected, nan_actual = np.isnan(e), np.isnan(a)
+    different = ~(close | (e == a) | (nan_expected & nan_actual))
+    return _Differences(
+        expected.size,
+        wrong=_count(different),
+        unexpected=_count(nan_actual & ~nan_expected),
+        missing=_count(nan_expected & ~nan_actual),
+        largest=float(np.fmax.reduce(difference[different], axis=None, initial=0.0)),
+    )
+
+
+@dataclass
+class _Differences:
+    """How many of `total` elements are wrong, and how: NaN where a number is expected, or the reverse."""
+
+    total: int = 0
+    wrong: int = 0
+    unexpected: int = 0
+    missing: int = 0
+    largest: float = 0.0
+
+    def add(self, other: _Differences) -> None:
+        """Count the differences of another block, too."""
+        self.total += other.total
+        self.wrong += other.wrong
+        self.unexpected += other.unexpected
+        self.missing += other.missing
+        self.largest = max(self.largest, other.largest)
+
+
+def _looked_through(
+    expected: Array, actual: Array, look: Callable[[NDArray[Any], NDArray[Any]], _Differences], brief: bool
+) -> _Differences:
+    """The differences of two arrays of one shape and dtype; when brief, up to the first block with one."""
+    found = _Differences()
+    for e, a in zip(_blocks(expected), _blocks(actual), strict=True):
+        found.add(look(e, a))
+        if brief and found.wrong:
+            break
+    return found
 
 
 def _blocks(array: Array) -> Iterator[NDArray[Any]]:
@@ -283,7 +335,7 @@ def _scalar(number: float) -> Array:
 
 
 def _usable(slack: float) -> float:
-    return slack if isfinite(slack) and slack > 0 else 0.0
+    return slack if math.isfinite(slack) and slack > 0 else 0.0
 
 
 def _structure(expected: Value, actual: Value, place: str) -> Finding:

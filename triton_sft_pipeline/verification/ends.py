@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from triton_sft_pipeline.verification.peer import MovingTimeoutError
 from triton_sft_pipeline.verification.sandbox.client import Child, End
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import WireError
@@ -20,6 +21,8 @@ def finding_of(error: Exception, child: Child, limit_s: float) -> Finding:
     Raises:
         ZygoteDiedError: the process did not end by itself.
     """
+    if isinstance(error, MovingTimeoutError):
+        return Finding("timeout", str(error))
     if isinstance(error, TimeoutError):
         return Finding("timeout", f"The kernel did not finish in {limit_s:g} s.")
     if isinstance(error, WireError):

@@ -11,17 +11,21 @@ What is tried, in this order:
   neither is one that stands in an argument of a launch before any kernel has run.
 What PyTorch's operators did in the wrapper is weighed in between, see `policy`.
 
-Runs in the judge, which executes nothing itself. Knows nothing of time.
+Of arguments, and of what comes without kernels, a few random elements are looked at first where there are millions:
+what differs there differs. Only where they agree is the rest sent, too.
+
+Runs in the judge, which executes nothing itself. Of time it knows only that the judge's own is not the kernel's.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
 from triton_sft_pipeline.verification import ends
-from triton_sft_pipeline.verification.compare import compare
+from triton_sft_pipeline.verification.compare import compare, matches
 from triton_sft_pipeline.verification.peer import Clock, Peer
 from triton_sft_pipeline.verification.policy import Work, judge_operators
 from triton_sft_pipeline.verification.references import Reference, Trial
@@ -35,8 +39,10 @@ _CONTRACTS = ("name", "head", "v1", "ModelNew")
 # An answer may hold more than an honest one before it counts as a flood: outputs of another dtype or shape.
 _SPACE = 4
 _MORE_SPACE = 64 << 20
-
-
+# Of tensors with more elements than these, so many are looked at before the rest is.
+_MANY, _FEW = 1 << 24, 1 << 16
+# Bytes that are compared at a time: all of an output need not be in memory twice.
+_COMPARED = 1 << 20
 # More operators than these on single elements are arithmetic in disguise.
 _FREE_SCALARS = 8
 # What a process says that it has done beyond this is no number.
@@ -101,8 +107,17 @@ def examine(peer: Peer, reference: Reference, triton_code: str, binding: int, cl
     examiner = _Examiner(peer, reference, clock, most)
     try:
         return done(*examiner.examine())
+    except _JudgeLateError:
+        detail = (
+            f"The judge itself took over {clock.moving_s:g} s to compare outputs; nothing is known about the kernel."
+        )
+        return done(Finding("infra_error", detail))
     except (TimeoutError, ClosedError, WireError) as error:
         return done(ends.finding_of(error, peer.child, clock.seconds))
+
+
+class _JudgeLateError(Exception):
+    """The judge's own work takes too long."""
 
 
 class _Examiner:
@@ -114,14 +129,20 @@ class _Examiner:
         self._clock = clock
         self._most = most
         self._telling = _telling_trial(reference)
+        self._places = {} if self._telling is None else _places(_sizes(self._telling))
         self._answers: list[dict[str, Any]] = []
         self._earlier: list[Trial] = []
 
     def _call(self, step: _Step) -> Finding | None:
         """Call the kernel once; what is wrong with its answer."""
-        sizes = _sizes(step.trial) if step.trial is self._telling else ()
-        answer = self._ask("call", inputs=step.trial.inputs, reuse=step.reuse, sizes=sizes)
-        problem = reported(answer) or _judge_answer(answer, step, self._earlier, self._reference)
+        about = self._about_arguments() if step.trial is self._telling else {"sizes": ()}
+        answer = self._ask("call", inputs=step.trial.inputs, reuse=step.reuse, **about)
+        problem = reported(answer)
+        if not problem and self._may_hold_answer(answer.get("arguments"), step.trial):
+            whole = self._ask("whole")
+            problem = reported(whole)
+            answer["arguments"] = whole.get("arguments")
+        problem = problem or _judge_answer(answer, step, self._earlier, self._reference)
         self._answers.append(answer)
         self._earlier.append(step.trial)
         return problem
@@ -137,9 +158,41 @@ class _Examiner:
         if finding.verdict in RIGHT and self._telling is not None:
             held = self._reference.is_huge and self._answers[-1]["inputs"] is None
             inputs = None if held else self._telling.inputs
-            ablated = self._ask("ablate", inputs=inputs, sizes=_sizes(self._telling))
-            finding = _without_kernels(ablated, self._telling, self._reference) or finding
+            ablated = self._ask("ablate", inputs=inputs, **self._about_arguments())
+            finding = self._judge_ablated(ablated, self._telling) or finding
         return finding, share
+
+    def _judge_ablated(self, ablated: dict[str, Any], trial: Trial) -> Finding | None:
+        """What an answer without kernels says of the kernel; all of it is only asked for where a part speaks for it."""
+        if not self._places:
+            return _without_kernels(ablated, trial, self._reference)
+        few = _thinned(trial.output, self._places)
+        agrees = "output" in ablated and matches(few, ablated["output"], trial.slack)
+        if agrees or self._may_hold_answer(ablated.get("arguments"), trial):
+            ablated = self._ask("whole")
+            if problem := reported(ablated):
+                return problem
+        else:
+            ablated.pop("output", None)
+        return _without_kernels(ablated, trial, self._reference)
+
+    def _about_arguments(self) -> dict[str, Any]:
+        """What a question says about the arguments that are wanted, on the telling trial."""
+        assert self._telling is not None
+        places = {"places": self._places} if self._places else {}
+        return {"sizes": _sizes(self._telling), **places}
+
+    def _may_hold_answer(self, arguments: Any, trial: Trial) -> bool:
+        """Whether one of which a few elements were sent agrees with an output in them."""
+        pairs = [item for item in arguments if _is_pair(item)] if isinstance(arguments, tuple) else []
+        slacks = [*trial.slack, *(0.0 for _ in arrays_in(trial.output))]
+        return any(
+            size in self._places
+            and math.prod(part.shape) == size
+            and _agrees(_few(part, self._places[size]), few, slack)
+            for size, few in pairs
+            for part, slack in zip(arrays_in(trial.output), slacks, strict=False)
+        )
 
     def _what_is_left(self) -> Finding | None:
         """What the calls have left behind in the process, and in the first output."""
@@ -150,11 +203,13 @@ class _Examiner:
             return problem
         first = self._answers[0]
         # What shares memory with an input may change with it.
-        if not first["aliases"] and compare(first["output"], recalled.get("output")):
+        if not first["aliases"] and not matches(first["output"], recalled.get("output")):
             return Finding("output_alias", "A later call overwrites the output of an earlier one; allocate it anew.")
         return None
 
     def _ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        if self._clock.is_judge_late:
+            raise _JudgeLateError
         return self._peer.ask(do, self._clock, self._most, **fields)
 
 
@@ -197,9 +252,7 @@ def _judge_answer(answer: dict[str, Any], step: _Step, earlier: list[Trial], ref
             return Finding("output_cached", f"{step.name}: the kernel returns the answer of an earlier call.")
         hint = " It may read memory that nothing has written." if wrong.verdict == "incorrect_nan" else ""
         return Finding(wrong.verdict, f"{step.name}: {wrong.detail}{hint}")
-    if answer["inputs"] is not None and (
-        step.trial.after is None or compare(step.trial.after, answer["inputs"], place="an input")
-    ):
+    if answer["inputs"] is not None and (step.trial.after is None or not matches(step.trial.after, answer["inputs"])):
         return Finding("input_mutated", "The kernel writes to an input that the reference leaves alone.")
     if _holds_answer(answer["arguments"], step.trial, reference):
         return Finding("torch_fallback", _COMPUTED_BEFORE)
@@ -210,7 +263,7 @@ def _judge_answer(answer: dict[str, Any], step: _Step, earlier: list[Trial], ref
 
 
 def _is_old(output: Value, earlier: list[Trial]) -> bool:
-    return any(compare(trial.output, output, trial.slack) is None for trial in earlier)
+    return any(matches(trial.output, output, trial.slack) for trial in earlier)
 
 
 def _judge_work(answers: list[dict[str, Any]], reference: Reference) -> tuple[Finding, float | None]:
@@ -252,15 +305,49 @@ def _telling_trial(reference: Reference) -> Trial | None:
 def _is_telling(trial: Trial) -> bool:
     """Neither memory that happens to hold zeros nor poisoned truth values look like this output."""
     blanks = (_blank(trial.output, truth) for truth in (False, True))
-    return all(compare(trial.output, blank, trial.slack) for blank in blanks)
+    return not any(matches(trial.output, blank, trial.slack) for blank in blanks)
 
 
 def _sizes(trial: Trial) -> tuple[int, ...]:
     return tuple(math.prod(array.shape) for array in arrays_in(trial.output))
 
 
+def _places(sizes: tuple[int, ...]) -> dict[int, Array]:
+    """Secret positions in tensors of many elements, by their number of elements."""
+    import numpy as np
+
+    random = np.random.default_rng(secrets.randbits(128))
+    few = {size: random.integers(0, size, _FEW, dtype="<i8") for size in sizes if size > _MANY}
+    return {size: Array("int64", (_FEW,), positions.data) for size, positions in few.items()}
+
+
+def _thinned(value: Value, places: dict[int, Array]) -> Value:
+    """The value with no more than these elements of each of its arrays that has so many."""
+    if isinstance(value, Array):
+        size = math.prod(value.shape)
+        return _few(value, places[size]) if size in places else value
+    if isinstance(value, tuple):
+        return tuple(_thinned(item, places) for item in value)
+    if isinstance(value, dict):
+        return {key: _thinned(item, places) for key, item in value.items()}
+    return value
+
+
+def _few(array: Array, positions: Array) -> Array:
+    """These elements of a dense array."""
+    import numpy as np
+
+    items = np.frombuffer(array.data, dtype=np.dtype((np.void, ITEM_SIZE[array.dtype])))
+    chosen = items[np.frombuffer(positions.data, dtype="<i8")]
+    return Array(array.dtype, chosen.shape, chosen.tobytes())
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], int) and isinstance(item[1], Array)
+
+
 def _without_kernels(ablated: dict[str, Any], trial: Trial, reference: Reference) -> Finding | None:
-    if "output" in ablated and compare(trial.output, ablated["output"], trial.slack) is None:
+    if "output" in ablated and matches(trial.output, ablated["output"], trial.slack):
         detail = "The output is right even when no Triton kernel does anything: something else computes it."
         return Finding("dummy_kernel", detail)
     if _holds_answer(ablated.get("arguments"), trial, reference):
@@ -295,19 +382,32 @@ def _agrees(expected: Array, actual: Array, slack: float = 0.0) -> bool:
     size = math.prod(expected.shape) * ITEM_SIZE[expected.dtype]
     if expected.dtype != actual.dtype or len(actual.data) != size:
         return False
-    return compare(expected, Array(expected.dtype, expected.shape, actual.data), (slack,)) is None
+    return matches(expected, Array(expected.dtype, expected.shape, actual.data), (slack,))
 
 
 def _is_flat(array: Array) -> bool:
+    """Whether all elements are zero, or there are several and all are the same. Looks no further than it must."""
     size = ITEM_SIZE[array.dtype]
-    data = bytes(array.data)
-    return not any(data) or (len(data) > size and data == data[:size] * (len(data) // size))
+    data = memoryview(array.data).cast("B") if array.data else b""
+    first = bytes(data[:size])
+    if not any(first):
+        return _repeats(data, bytes(1))
+    return len(data) > size and _repeats(data, first)
+
+
+def _repeats(data: memoryview | bytes, unit: bytes) -> bool:
+    step = _COMPARED // len(unit) * len(unit)
+    many = unit * (step // len(unit))
+    return all(data[start : start + step] == many[: len(data) - start] for start in range(0, len(data), step))
 
 
 def _blank(value: Value, truth: bool) -> Value:
     """Zeros in the form of this value; truth values are all `truth`."""
     if isinstance(value, Array):
-        return Array(value.dtype, value.shape, bytes([truth and value.dtype == "bool"]) * len(value.data))
+        # One element that stands for all.
+        size = 0 if 0 in value.shape else ITEM_SIZE[value.dtype]
+        one = bytes([truth and value.dtype == "bool"]) * size
+        return Array(value.dtype, value.shape, one, tuple(0 for _ in value.shape))
     if isinstance(value, tuple):
         return tuple(_blank(item, truth) for item in value)
     if isinstance(value, dict):

@@ -38,7 +38,7 @@ from triton_sft_pipeline.verification.examination import RIGHT, Examination, exa
 from triton_sft_pipeline.verification.gate import inspect_source
 from triton_sft_pipeline.verification.lanes import Lane, Lanes
 from triton_sft_pipeline.verification.measurement import Measurement, Pair, Unmeasurable, measure
-from triton_sft_pipeline.verification.peer import Clock, Peer
+from triton_sft_pipeline.verification.peer import Clock, MovingTimeoutError, Peer
 from triton_sft_pipeline.verification.references import Reference, ReferenceCache, Trial
 from triton_sft_pipeline.verification.sandbox.client import ZygoteClient, ZygoteDiedError
 from triton_sft_pipeline.verification.sandbox.confine import Limits
@@ -80,7 +80,8 @@ class KernelJudge:
         device: "cuda", "cpu" (Triton's interpreter: no speed), or "auto" for the GPU when there is one.
         workers: kernels judged at a time; None for one a processor, at most 12. Measurements always run alone.
         timeout_s: seconds that a kernel may take for all trials, compilation included; the same again for its
-            measurement.
+            measurement. What the judge itself does with inputs and outputs is not counted, and has a limit that grows
+            with their size.
         trials: independent draws of the inputs that are compared. A problem whose inputs are gigabytes gets fewer.
         timing: measure speedups; only ever done on a GPU.
         compile_baseline: also measure the reference under torch.compile; takes many seconds a kernel.
@@ -241,7 +242,8 @@ class KernelJudge:
         """One attempt in a process of its own, and its measurement when the kernel is right."""
         with lane.kernel() as peer:
             peer.alone = alone
-            examination = examine(peer, reference, triton_code, binding, Clock(self._timeout_s))
+            clock = Clock(self._timeout_s, reference.moving_s)
+            examination = examine(peer, reference, triton_code, binding, clock)
             if examination.finding.verdict not in RIGHT or not self._measures():
                 return _Decision(examination, len(reference.trials))
             return self._measure(lane, peer, pytorch_code, reference, examination, alone)
@@ -250,7 +252,8 @@ class KernelJudge:
         self, lane: Lane, peer: Peer, pytorch_code: str, reference: Reference, examination: Examination, alone: bool
     ) -> _Decision:
         trials = len(reference.trials)
-        clock = Clock(self._timeout_s + (_COMPILE_BASELINE_S if self._compile_baseline else 0.0))
+        limit_s = self._timeout_s + (_COMPILE_BASELINE_S if self._compile_baseline else 0.0)
+        clock = Clock(limit_s, reference.moving_s)
         try:
             beside = lane.reference()
             beside.alone = alone
@@ -270,11 +273,16 @@ class KernelJudge:
 
     def _prepare(self, lane: Lane, pytorch_code: str, alone: bool) -> Reference:
         limit_s = _REFERENCE_TIMES * self._timeout_s
-        clock = Clock(limit_s)
+        # How large it is nobody knows yet.
+        clock = Clock(limit_s, limit_s)
         try:
             peer = lane.reference()
             peer.alone = alone
             answer = peer.ask("load", clock, None, code=pytorch_code, trials=self._trials)
+        except MovingTimeoutError:
+            lane.drop_reference()
+            detail = f"Moving the problem's inputs and outputs took over {limit_s:g} s; no kernel was run."
+            return Reference(failure=Finding("infra_error", detail))
         except TimeoutError:
             lane.drop_reference()
             if self.backend == "interpreter":

@@ -114,7 +114,8 @@ def measure(pair: Pair, traffic: Traffic, compile_baseline: bool = False) -> Mea
     """
     with pair.kernel.using_gpu(pair.clock):
         _ask_reference(pair, "adopt", code=pair.pytorch_code, class_name=pair.problem.class_name)
-        _ask_reference(pair, "bench", **pair.draws)
+        # Draws of gigabytes are not sent, but made anew where they are not at hand.
+        _ask_reference(pair, "bench", counted=not pair.problem.is_huge, **pair.draws)
         ready = pair.kernel.ask("bench", pair.clock, **pair.draws)
     if problem := reported(ready):
         return problem
@@ -183,7 +184,8 @@ def _reference_block(pair: Pair, count: int) -> list[float]:
 def _kernel_block(pair: Pair, count: int, kept: list[tuple[int, Value]]) -> list[float] | Finding:
     # The kernel's code is not told which call is looked at.
     keep = None
-    if pair.problem.output_bytes <= _RECHECK_BYTES or not kept:
+    # Nothing is kept that nobody would look at.
+    if pair.problem.mixed is not None and (pair.problem.output_bytes <= _RECHECK_BYTES or not kept):
         keep = secrets.randbelow(count)
     seeds = _seeds(count)
     answer = pair.kernel.ask("block", pair.clock, _most(pair), alone=True, seeds=seeds, keep=keep)
@@ -277,9 +279,12 @@ def _compiled_ms(pair: Pair, traffic: Traffic) -> float | None:
         return None
 
 
-def _ask_reference(pair: Pair, do: str, alone: bool = True, **fields: Any) -> dict[str, Any]:
+def _ask_reference(pair: Pair, do: str, alone: bool = True, counted: bool = True, **fields: Any) -> dict[str, Any]:
+    """The reference's answer; its time is taken from the measurement's if `counted`, else from that for moving data."""
+    moving_s = pair.clock.moving_s
+    clock = pair.clock if counted or moving_s is None else Clock(moving_s)
     try:
-        answer = pair.reference.ask(do, pair.clock, None, alone, **fields)
+        answer = pair.reference.ask(do, clock, None, alone, **fields)
     except (TimeoutError, ClosedError, WireError) as error:
         raise Unmeasurable(f"the reference's process did not answer ({error})") from error
     if "verdict" in answer:

@@ -20,6 +20,9 @@ from triton_sft_pipeline.verification.wire import Value, nbytes
 _MAX_PROBLEMS = 64
 _MAX_BYTES = 1 << 30
 _HUGE_BYTES = 2 << 30
+# Slower than any machine that is worth judging on: what is on its way for longer is stuck.
+_LEAST_BYTES_A_SECOND = 100e6
+_LEAST_MOVING_S = 30.0
 _PLAIN = ("mixable", "class_name", "compute", "copy", "aliases", "uses_bfloat16")
 
 
@@ -94,6 +97,11 @@ class Reference:
         """Bytes of everything that is kept."""
         held = sum(nbytes(trial.inputs) + nbytes(trial.output) + nbytes(trial.after) for trial in self.all_trials)
         return held + nbytes(self.kernel_arguments.get("state"))
+
+    @property
+    def moving_s(self) -> float:
+        """Seconds that it may take to bring all inputs to a kernel and its outputs back, and again to compare them."""
+        return round(_LEAST_MOVING_S + self.total_bytes / _LEAST_BYTES_A_SECOND)
 
     @classmethod
     def from_answer(cls, answer: dict[str, Any]) -> Reference:

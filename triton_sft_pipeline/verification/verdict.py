@@ -7,7 +7,7 @@ from typing import Any
 
 # Enters the code version of whatever stores verdicts: raise it whenever the same kernel may get another verdict than
 # before.
-JUDGE_VERSION = "3"
+JUDGE_VERSION = "4"
 
 # Every verdict this judge gives, and what it means.
 VERDICTS = {

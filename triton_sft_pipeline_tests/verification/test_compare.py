@@ -6,10 +6,11 @@ import math
 import tracemalloc
 from typing import Any
 
+import numpy as np
 import pytest
 
 from triton_sft_pipeline.verification import compare as module
-from triton_sft_pipeline.verification.compare import TOLERANCES, compare, is_near_constant
+from triton_sft_pipeline.verification.compare import TOLERANCES, compare, is_near_constant, matches
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import ITEM_SIZE, Array, Value
 
@@ -414,3 +415,36 @@ def test_outputs_that_do_not_depend_on_the_inputs_are_near_constant() -> None:
 
 def test_one_output_shows_nothing_about_the_inputs() -> None:
     assert not is_near_constant([]) and not is_near_constant([1.0])
+
+
+@pytest.mark.parametrize("place", [0, 7, 1 << 17, (1 << 18) + 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
+def test_a_difference_anywhere_keeps_two_values_from_matching(place: int, value: float) -> None:
+    right = np.ones((1 << 18) + 5, dtype="float32")
+    wrong = right.copy()
+    wrong[place] = value
+    for expected, actual in ((right, wrong), (wrong, right)):
+        given = Array("float32", right.shape, expected.tobytes()), Array("float32", right.shape, actual.tobytes())
+        assert compare(*given) is not None and not matches(*given)
+    same = Array("float32", right.shape, wrong.tobytes())
+    assert compare(same, same) is None and matches(same, Array("float32", right.shape, wrong.tobytes()))
+
+
+def test_matching_looks_no_further_than_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, too_far = list[int](), module._too_far
+
+    def watched(*arguments: Any) -> Any:
+        looked.append(1)
+        return too_far(*arguments)
+
+    monkeypatch.setattr(module, "_too_far", watched)
+    size = 1 << 19
+    ones, zeros = (Array("float32", (size,), np.full(size, value, "float32").tobytes()) for value in (1.0, 0.0))
+    assert not matches(ones, zeros) and len(looked) == 1
+    assert compare(ones, zeros) is not None and len(looked) == 5
+
+
+def test_slack_and_structure_count_for_matching_too() -> None:
+    one, more = (Array("float32", (1,), np.array([value], dtype="float32").tobytes()) for value in (1.0, 1.1))
+    assert matches((one,), (more,), (0.2,)) and not matches((one,), (more,))
+    assert not matches((one,), one) and not matches({"a": one}, {"b": one}) and matches({"a": one}, {"a": one})

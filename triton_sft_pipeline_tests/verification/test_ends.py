@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.verification import VERDICTS, ends
+from triton_sft_pipeline.verification.peer import MovingTimeoutError
 from triton_sft_pipeline.verification.sandbox.client import End
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.wire import ClosedError, WireError
@@ -33,6 +34,8 @@ def finding_of(error: Exception, end: End | None) -> Finding:
 def test_silence_and_nonsense_have_verdicts_of_their_own() -> None:
     silence = finding_of(TimeoutError("No message."), None)
     assert silence.verdict == "timeout" and "in 2.5 s" in silence.detail
+    stuck = finding_of(MovingTimeoutError("Its data did not come in 158 s."), None)
+    assert (stuck.verdict, stuck.detail) == ("timeout", "Its data did not come in 158 s.")
     nonsense = finding_of(WireError("too long"), None)
     assert nonsense.verdict == "forged_result" and "too long" in nonsense.detail
 

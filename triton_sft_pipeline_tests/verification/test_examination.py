@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.verification import VERDICTS, references
+from triton_sft_pipeline.verification import VERDICTS, examination, references
 from triton_sft_pipeline.verification.examination import RIGHT, Examination, examine, reported
 from triton_sft_pipeline.verification.peer import Clock
 from triton_sft_pipeline.verification.references import Reference
@@ -356,3 +356,104 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_answer_makes_the_judge_fail(name: str) -> None:
     assert verdict_of(always(**HOSTILE[name])) in VERDICTS
+
+
+class Partial(Doubler):
+    """A child that sends a few elements of what is large, and all of it when it is asked.
+
+    Args:
+        held: what it has in an argument of the first launch; `without` what it gives without kernels.
+    """
+
+    def __init__(self, held: Any, without: Any) -> None:
+        super().__init__()
+        self._held, self._without = array(held), array(without)
+        self._whole: Answer = {}
+
+    def call(self, inputs: Any, reuse: bool, sizes: tuple[int, ...], places: Any = None) -> Answer:
+        self._whole = {"arguments": (self._held,)}
+        return super().call(inputs, reuse, sizes) | ({"arguments": (self._few(self._held, places),)} if sizes else {})
+
+    def ablate(self, inputs: Any, sizes: tuple[int, ...], places: Any = None) -> Answer:
+        self._whole = {"output": self._without, "arguments": (self._held,)}
+        return {"output": self._few(self._without, places)[1], "arguments": (self._few(self._held, places),)}
+
+    def whole(self) -> Answer:
+        return self._whole
+
+    def _few(self, value: Any, places: Any) -> Any:
+        chosen = numbers(value)[numbers(places[len(numbers(value))])]
+        return len(numbers(value)), array(chosen)
+
+
+DRAW = [1.0, -2.0, 3.0, 4.0, 5.0]
+RIGHT_ANSWER = [2.0, -4.0, 6.0, 8.0, 10.0]
+NOTHING = [math.nan] * 5
+PARTIAL = {
+    "an honest kernel": (NOTHING, NOTHING, "verified", 0),
+    "right without kernels": (NOTHING, RIGHT_ANSWER, "dummy_kernel", 1),
+    "the answer in an argument": (RIGHT_ANSWER, NOTHING, "torch_fallback", 1),
+    "right but for what was not looked at": (NOTHING, [*RIGHT_ANSWER[:4], 0.0], "verified", 1),
+    "another value in what was not looked at": ([*RIGHT_ANSWER[:4], 0.0], NOTHING, "verified", 2),
+    "other values": ([0.0, *RIGHT_ANSWER[1:]], NOTHING, "verified", 0),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_of_large_tensors_all_is_looked_at_only_where_a_part_agrees(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    held, without, verdict, asked = PARTIAL[name]
+    monkeypatch.setattr(examination, "_MANY", 4)
+    # Of five elements the last one is not looked at.
+    places = {5: array([0, 1, 2, 3], "int64")}
+    monkeypatch.setattr(examination, "_places", lambda sizes: {size: places[size] for size in sizes})
+    peer = ScriptedPeer(Partial(held, without))
+    reference = Reference(trials=(trial(DRAW),), compute=5.0)
+    found = examine(peer, reference, "code", 0, Clock(10.0))  # type: ignore[arg-type]
+    assert found.finding.verdict == verdict, found.finding
+    assert peer.names().count("whole") == asked
+
+
+def test_bad_news_instead_of_the_whole_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "_MANY", 4)
+    for child in (Partial(RIGHT_ANSWER, NOTHING), Partial(NOTHING, RIGHT_ANSWER)):
+        child.whole = lambda: {"verdict": "resource_limit", "detail": "Too large."}  # type: ignore[method-assign]
+        peer = ScriptedPeer(child)
+        found = examine(peer, Reference(trials=(trial(DRAW),), compute=5.0), "code", 0, Clock(10.0))  # type: ignore[arg-type]
+        assert found.finding.verdict == "resource_limit"
+
+
+def test_where_it_is_looked_nobody_can_know() -> None:
+    (first,), (second,) = (examination._places((10, 1 << 25)).values() for _ in range(2))
+    positions = numbers(first)
+    assert len(set(positions.tolist())) > 65000 and 0 <= positions.min() < 1 << 20 < positions.max() < 1 << 25
+    assert bytes(first.data) != bytes(second.data)
+    assert examination._places((10, 1 << 24)) == {}
+
+
+class Slow(Clock):
+    """A clock of a judge that is never done in time."""
+
+    is_judge_late = True
+
+
+def test_a_judge_that_is_late_says_nothing_about_the_kernel() -> None:
+    found = examine(ScriptedPeer(Doubler()), doubling(), "code", 0, Slow(10.0, 158.0)).finding  # type: ignore[arg-type]
+    assert found.verdict == "infra_error" and "158 s" in found.detail and "nothing is known" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("values", "flat"),
+    [
+        ([], True),
+        ([0.0], True),
+        ([1.0], False),
+        ([1.0, 1.0], True),
+        ([0.0] * 400_000, True),
+        ([2.0] * 400_000, True),
+        ([2.0] * 400_000 + [3.0], False),
+        ([0.0] * 400_000 + [3.0], False),
+    ],
+    ids=["nothing", "zero", "one", "ones", "zeros", "twos", "a three after twos", "a three after zeros"],
+)
+def test_an_array_is_flat_when_all_of_it_is_alike(values: list[float], flat: bool) -> None:
+    assert examination._is_flat(array(values)) is flat

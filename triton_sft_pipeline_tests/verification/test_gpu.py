@@ -113,3 +113,22 @@ def test_a_matrix_product_in_tf32_is_not_float32(gpu_judge: KernelJudge) -> None
     """)
     assert gpu_judge.verify(product, kernel).verdict == "incorrect_numerical"
     assert gpu_judge.verify(product, kernel.replace('"tf32"', '"ieee"')).verdict == "verified"
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_SFT_TEST_GPU") != "huge", reason="takes a GPU of 80 GB or more, and a minute"
+)
+def test_a_right_kernel_for_gigabytes_is_verified_and_measured_within_a_minute() -> None:
+    code = problem("F.hardsigmoid(x)", inputs="[torch.rand(4096, 393216)]")
+    right = pointwise_kernel("tl.minimum(tl.maximum(x / 6 + 0.5, 0.0), 1.0)").replace("32)", "1024)")
+    with KernelJudge(device="cuda", workers=2) as judge:
+        verdict = judge.verify(code, right)
+        wrong = judge.verify(code, right.replace("0.5", "0.6"))
+        idle = judge.verify(code, right.replace("torch.empty_like(x)", "F.hardsigmoid(x)").replace(HEADER, HEADER + _F))
+    assert (verdict.verdict, verdict.trials) == ("verified", 1), verdict
+    assert verdict.speedup and verdict.wall_s < 60, verdict
+    assert wrong.verdict == "incorrect_numerical", wrong
+    assert idle.verdict in ("torch_fallback", "dummy_kernel"), idle
+
+
+_F = "import torch.nn.functional as F\n"

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.verification import JudgeItem, KernelJudge, references
+from triton_sft_pipeline.verification import JudgeItem, KernelJudge, examination, references
 from triton_sft_pipeline.verification import judge as module
+from triton_sft_pipeline.verification.peer import MovingTimeoutError, Peer
 from triton_sft_pipeline.verification.sandbox.client import ZygoteClient
 from triton_sft_pipeline_tests.verification.peers import WAIT_S, Answer, doubling
 from triton_sft_pipeline_tests.verification.snippets import DOUBLE, DOUBLE_KERNEL, LAUNCH, kernel, pointwise_kernel
@@ -33,6 +34,7 @@ _TASKS = {
 def huge_judge() -> Iterator[KernelJudge]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(references, "_HUGE_BYTES", huge_tasks.HUGE_BYTES)
+        patch.setattr(examination, "_MANY", 32)
         patch.setattr(module, "inspect_source", lambda code: None)
         options = ["--tasks", json.dumps(_TASKS)]
         patch.setattr(module, "ZygoteClient", functools.partial(ZygoteClient, options=options))
@@ -59,6 +61,14 @@ WRONG = {
     "wrong values": (pointwise_kernel("x * 3"), "incorrect_numerical"),
     "wrong in the last element": (pointwise_kernel("tl.where(offsets == 63, x, x * 2)"), "incorrect_numerical"),
     "another computes it": (DUMMY, "dummy_kernel"),
+    "another writes into what a kernel is given": (
+        kernel(
+            "y = torch.from_numpy(np.multiply(x.numpy(), 2))\nz = torch.empty_like(x)\n"
+            "pointwise[(2,)](y, z, 64, BLOCK=32)\nreturn y.clone()",
+            prelude="import numpy as np\n",
+        ),
+        "torch_fallback",
+    ),
     "no launch": (kernel("return torch.from_numpy(x.numpy() * 2)"), "no_kernel_launch"),
     "PyTorch": (kernel(f"y = torch.empty_like(x)\n{LAUNCH}\nreturn x * 2"), "torch_fallback"),
     "a thread": (
@@ -185,3 +195,19 @@ def test_memory_that_a_real_reference_asks_for_in_vain_is_asked_for_twice(
     assert verdict.verdict == "reference_error" and "The reference fails" in verdict.detail
     assert seen == [False, True]
     assert judge.verify(DOUBLE, DOUBLE_KERNEL).verdict == "verified"
+
+
+def test_data_that_does_not_arrive_from_a_reference_says_nothing_about_the_kernel(
+    room: Room, attempts: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = Peer.ask
+
+    def ask(self: Any, do: str, *arguments: Any, **fields: Any) -> Any:
+        if "trials" in fields:
+            raise MovingTimeoutError("stuck")
+        return genuine(self, do, *arguments, **fields)
+
+    monkeypatch.setattr(Peer, "ask", ask)
+    verdict = room.verify()
+    assert verdict.verdict == "infra_error" and "no kernel was run" in verdict.detail
+    assert attempts == [False]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.verification import measurement
+from triton_sft_pipeline.verification import measurement, references
 from triton_sft_pipeline.verification.measurement import (
     BLOCK,
     LAUNCH_BOUND_MS,
@@ -392,3 +392,31 @@ def test_nothing_else_runs_while_blocks_are_measured(bench: Bench) -> None:
     measure(pair, traffic)
     assert watched.alone and all(watched.alone)
     assert not traffic._alone
+
+
+def test_nothing_is_kept_that_could_not_be_checked(bench: Bench) -> None:
+    bench.problem = doubling(mixed=None)
+    bench.measured()
+    assert all(fields["keep"] is None for name, fields in bench.peers["kernel"].asked if name == "block")
+    assert "expect" not in bench.peers["reference"].names()
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_only_draws_of_gigabytes_are_made_anew_in_time_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, huge: bool
+) -> None:
+    monkeypatch.setattr(references, "_HUGE_BYTES", 1 if huge else 1 << 40)
+    clocks: dict[str, Any] = {}
+
+    class Watched(ScriptedPeer):
+        def ask(self, do: str, clock: Any, *rest: Any, **fields: Any) -> Answer:
+            clocks.setdefault(do, clock)
+            return super().ask(do, clock, *rest, **fields)
+
+    problem = doubling(mixed=None, mixable=False)
+    problem = replace(problem, trials=problem.trials[:1])
+    clock = Clock(60.0, 300.0)
+    pair = Pair(ScriptedPeer(bench.kernel), Watched(bench.reference), problem, "code", clock)  # type: ignore[arg-type]
+    assert isinstance(measure(pair, Traffic()), Measurement)
+    assert (clocks["bench"] is not clock) is huge and clocks["adopt"] is clock is clocks["block"]
+    assert not huge or clocks["bench"].seconds == 300.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from triton_sft_pipeline.verification import peer as module
 from triton_sft_pipeline.verification import wire
-from triton_sft_pipeline.verification.peer import Clock
+from triton_sft_pipeline.verification.peer import Clock, MovingTimeoutError, Share
 from triton_sft_pipeline.verification.traffic import Traffic
 from triton_sft_pipeline.verification.wire import ClosedError, WireError
 from triton_sft_pipeline.verification.worker import session
@@ -356,3 +357,99 @@ def test_a_child_gets_the_time_back_that_it_waited_for_the_gpu(monkeypatch: pyte
         before = clock.deadline
         assert peer.ask("use", clock) == {}
     assert clock.deadline - before == pytest.approx(1000.0)
+
+
+def test_moving_data_and_the_judges_own_work_are_no_time_of_a_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = FakeTime()
+    monkeypatch.setattr(module, "time", time)
+    clock = Clock(60.0, 100.0)
+    for share, took, left in (
+        (Share.JUDGE, 90.0, 10.0),
+        (Share.MOVING, 70.0, 30.0),
+        (Share.KERNEL, 50.0, 10.0),
+        (Share.MOVING, 20.0, 10.0),
+        (Share.KERNEL, 5.0, 5.0),
+    ):
+        clock.count(share)
+        time.passed += took
+        assert clock.deadline - time.monotonic() == pytest.approx(left)
+    clock.count(Share.JUDGE)
+    assert not clock.is_judge_late
+    with clock.waiting(slow_turn(time, 1000.0)):
+        assert not clock.is_judge_late
+    assert clock.is_judge_late
+
+
+def test_without_a_limit_for_moving_all_time_is_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = FakeTime()
+    monkeypatch.setattr(module, "time", time)
+    clock = Clock(60.0)
+    for share in Share:
+        clock.count(share)
+        time.passed += 10.0
+        assert clock.counts is Share.KERNEL and not clock.is_judge_late
+    assert clock.deadline - time.monotonic() == pytest.approx(30.0)
+
+
+LONG_S, SHORT_S = 0.4, 0.1
+
+
+def moving(sock: socket.socket) -> None:
+    """A child that moves much data in each of its answers."""
+    gate = GpuGate(sock, needed=False)
+
+    def work() -> dict[str, Any]:
+        gate.moves(1 << 30)
+        time.sleep(LONG_S)
+        gate.computes()
+        gate.moves(1 << 30)
+        time.sleep(LONG_S)
+        return {}
+
+    # The judge may have lost its patience.
+    with suppress(ClosedError):
+        session.serve(sock, gate, {"work": work})
+
+
+def test_a_child_that_says_that_it_moves_data_has_time_of_its_own_for_it() -> None:
+    with connected(moving) as peer:
+        peer.wait_ready(WAIT_S)
+        clock = Clock(SHORT_S, WAIT_S)
+        assert peer.ask("work", clock) == {} == peer.ask("work", clock)
+        assert clock.counts is Share.JUDGE
+    with connected(moving) as peer, pytest.raises(TimeoutError) as caught:
+        peer.wait_ready(WAIT_S)
+        peer.ask("work", Clock(SHORT_S))
+    assert not isinstance(caught.value, MovingTimeoutError)
+
+
+def test_moving_has_an_end_for_those_who_say_it_while_they_compute() -> None:
+    with connected(moving) as peer, pytest.raises(MovingTimeoutError, match=r"hand over its outputs in 0\.5 s"):
+        peer.wait_ready(WAIT_S)
+        peer.ask("work", Clock(WAIT_S, LONG_S + SHORT_S))
+
+
+def test_changing_sides_without_an_end_gains_no_time() -> None:
+    def serve(sock: socket.socket) -> None:
+        wire.receive(sock)
+        with suppress(ClosedError):
+            while True:
+                wire.send(sock, {"moves": True})
+                wire.send(sock, {"moves": False})
+
+    with connected(serve) as peer, pytest.raises(TimeoutError):
+        peer.ask("work", Clock(SHORT_S, SHORT_S))
+
+
+def test_a_child_that_moves_little_does_not_say_so() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        gate = GpuGate(theirs, needed=False)
+        gate.moves(1 << 20)
+        gate.computes()
+        assert not wire.has_more(ours)
+        gate.moves(1 << 21)
+        gate.moves(1 << 21)
+        gate.computes()
+        assert [wire.receive(ours), wire.receive(ours)] == [{"moves": True}, {"moves": False}]
+        assert not wire.has_more(ours)

@@ -134,3 +134,10 @@ def test_a_failure_holds_nothing_else() -> None:
     reference = Reference.from_answer({"verdict": "degenerate_task", "detail": "why", "dirty": True})
     assert reference == Reference(failure=Finding("degenerate_task", "why"))
     assert reference.output_bytes == reference.total_bytes == 0
+
+
+def test_the_time_for_moving_grows_with_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Reference(trials=(Trial((array([0.0] * 100),), array([0.0] * 50)),))
+    assert reference.moving_s == references._LEAST_MOVING_S
+    monkeypatch.setattr(references, "_LEAST_BYTES_A_SECOND", 2.0)
+    assert reference.moving_s == references._LEAST_MOVING_S + 300

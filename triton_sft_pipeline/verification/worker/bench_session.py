@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from triton_sft_pipeline.verification.wire import Value
+from triton_sft_pipeline.verification.wire import Value, nbytes
 from triton_sft_pipeline.verification.worker import cores, tensors
 from triton_sft_pipeline.verification.worker.session import GpuGate, Handler
 from triton_sft_pipeline.verification.worker.timing import Bench, Clock, CudaClock
@@ -66,8 +66,10 @@ class BenchSession:
 
         def run() -> dict[str, Value]:
             cores.stand_aside()
+            self._gate.moves(nbytes(a) + nbytes(b))
             first = self._held() if a is None else tensors.from_wire(a, "cuda")
             second = first if b is None else tensors.from_wire(b, "cuda")
+            self._gate.computes()
             self._bench = Bench(self._call, first, second, cast(Clock, self._clock))
             return {"max_queued": self._bench.warm_up().max_queued}
 
@@ -81,7 +83,9 @@ class BenchSession:
             before = self._launches()
             times = self._bench.block(list(seeds), keep)
             launches = (self._launches() - before) // self._bench.passes
-            output = None if keep is None else tensors.to_wire(self._bench.kept)
+            output = None if keep is None else tensors.to_plain(self._bench.kept, tensors.same)
+            self._gate.moves(tensors.nbytes(output))
+            output = tensors.to_wire(output)
             return {"ms": tuple(times), "launches": launches, "output": output}
 
         return self._guarded(run)

@@ -60,6 +60,7 @@ def serve(sock: socket.socket, backend: str) -> None:
         "ablate": session.ablate,
         "recall": session.recall,
         "inspect": session.inspect,
+        "whole": session.whole,
     }
     answer_questions(sock, session.gate, handlers | session.bench.handlers())
 
@@ -79,7 +80,7 @@ class KernelSession:
             gate,
             lambda *inputs: self._call(inputs),
             self._failure,
-            lambda: self._inputs,
+            self._held_inputs,
             lambda: self._monitor.count,
         )
         self._side = SideStreams() if self._device == "cuda" else None
@@ -89,6 +90,8 @@ class KernelSession:
         self._call: Call = _not_loaded
         self._inputs: Any = None
         self._first_output: Any = None
+        # What was sent in part, and may be asked for in full.
+        self._partial: dict[str, Any] = {}
 
     def rehearse(self) -> None:
         """Call what is no kernel, so that the first call of one does not wait for the watching to warm up."""
@@ -123,7 +126,9 @@ class KernelSession:
         if self._device == "cpu":
             code = interpreter.on_cpu(code)
         self._file.write_text(code, encoding="utf-8", errors="surrogatepass")
+        self.gate.moves(nbytes(state))
         self._weights = weights = tensors.from_wire(state, self._device)
+        self.gate.computes()
         report: dict[str, Value] = {}
         try:
             self._call = self._load(weights, Available(**available), init_inputs, binding, report)
@@ -131,13 +136,15 @@ class KernelSession:
             report |= self._failure(error)
         return report | self._suspicion()
 
-    def call(self, inputs: Value, reuse: bool, sizes: tuple[int, ...] = ()) -> dict[str, Value]:
+    def call(self, inputs: Value, reuse: bool, sizes: tuple[int, ...] = (), places: Value = None) -> dict[str, Value]:
         """Call the kernel once, watched.
 
         Args:
             inputs: of one trial.
             reuse: put them into the tensors of the call before, so that only their values are new.
             sizes: numbers of elements; arguments of the first launch that have so many are sent back, too.
+            places: {number of elements: positions}; of an argument with so many only these are sent, together with the
+                number. `whole` gives all of it.
 
         Returns:
             {"output", "inputs", "arguments", "aliases", "launches", "side_launches", "compute", "copy", "scalars",
@@ -146,11 +153,15 @@ class KernelSession:
             `side_launches` those on other streams. {"verdict", "detail"} when the call failed.
         """
         # Moving inputs and outputs takes next to nothing of the GPU, and neither does compiling: others may measure.
+        self.gate.moves(nbytes(inputs))
+        self._partial = {}
+        few = _few(places)
         given = self._receive(inputs, reuse)
         if nbytes(inputs) > _SMALL:
             self.gate.enter()
         before = tensors.clone(given)
         self.gate.leave()
+        self.gate.computes()
         late = 0 if self._side is None else self._side.late
         self._monitor.before_launch = self._before_launch
         log = OperatorLog(self._monitor, poison=True)
@@ -163,10 +174,13 @@ class KernelSession:
             untouched = tensors.same_bits(before, given)
             self.gate.leave()
             self._first_output = output if self._first_output is None else self._first_output
+            del before
+            self.gate.moves(tensors.nbytes(output))
+            self._partial = {"arguments": tuple(arguments.found)} if few else {}
             reply: dict[str, Value] = {
                 "output": tensors.to_wire(output),
                 "inputs": None if untouched else tensors.to_wire(given),
-                "arguments": tensors.to_wire(tuple(arguments.found)),
+                "arguments": tensors.to_wire(tuple(_marked(found, few) for found in arguments.found)),
                 "aliases": _aliases(output, given),
             }
         except BaseException as error:
@@ -185,12 +199,17 @@ class KernelSession:
         }
         return reply | work
 
-    def ablate(self, inputs: Value, sizes: tuple[int, ...]) -> dict[str, Value]:
+    def ablate(self, inputs: Value, sizes: tuple[int, ...], places: Value = None) -> dict[str, Value]:
         """Call the kernel while launches do nothing: {"output", "arguments"}; no output when it did not get that far.
 
-        `arguments` of all launches this time. Without inputs, on those of the last call.
+        `arguments` of all launches this time. Without inputs, on those of the last call. `places` is as for `call`, and
+        of an output, too, only these elements are sent.
         """
+        self.gate.moves(nbytes(inputs))
+        self._partial = {}
+        few = _few(places)
         given = self._inputs if inputs is None else self._receive(inputs, reuse=False)
+        self.gate.computes()
         self.gate.enter()
         self._monitor.ablated = True
         log = OperatorLog(self._monitor, poison=True)
@@ -198,13 +217,27 @@ class KernelSession:
         self._monitor.seen = arguments.note
         reply: dict[str, Value] = {}
         try:
-            reply["output"] = tensors.to_wire(self._run(given, log))
+            output = self._run(given, log)
+            self.gate.moves(tensors.nbytes(output))
+            reply["output"] = tensors.to_wire(tensors.to_plain(output, lambda tensor: _thinned(tensor, few)))
+            self._partial = {"output": output} if few else {}
         # Without its kernels it may fail in any way.
         except BaseException as error:
             reply["raised"] = type(error).__name__
         self._monitor.seen = None
         self._monitor.ablated = False
-        return reply | {"arguments": tensors.to_wire(tuple(arguments.found))}
+        if few:
+            self._partial["arguments"] = tuple(arguments.found)
+        return reply | {"arguments": tensors.to_wire(tuple(_marked(found, few) for found in arguments.found))}
+
+    def whole(self) -> dict[str, Value]:
+        """In full what the last answer held a part of: {"output", "arguments"}, as far as there was one."""
+        partial, self._partial = self._partial, {}
+        try:
+            self.gate.moves(tensors.nbytes(partial))
+            return {name: tensors.to_wire(value) for name, value in partial.items()}
+        except BaseException as error:
+            return self._failure(error)
 
     def inspect(self) -> dict[str, Value]:
         """What the kernel has left behind by now."""
@@ -217,6 +250,11 @@ class KernelSession:
             return {"output": tensors.to_wire(self._first_output)} | self._suspicion()
         except BaseException as error:
             return self._failure(error)
+
+    def _held_inputs(self) -> Any:
+        # About to be measured: nobody will ask for it now, and it may be gigabytes.
+        self._partial = {}
+        return self._inputs
 
     def _before_launch(self) -> None:
         self.gate.enter()
@@ -266,6 +304,22 @@ class KernelSession:
         """What can be seen from inside of a kernel that reaches for more than its work."""
         finding = _suspicious(self._fingerprint, self._threads, self._device)
         return {} if finding is None else {"verdict": finding.verdict, "detail": finding.detail}
+
+
+def _few(places: Value) -> dict[int, Any]:
+    """The positions to send of a tensor, by its number of elements."""
+    found = tensors.from_wire(places, "cpu")
+    return found if isinstance(found, dict) else {}
+
+
+def _thinned(tensor: Any, few: dict[int, Any]) -> Any:
+    positions = few.get(tensor.numel())
+    return tensor if positions is None else tensors.picked(tensor, positions)
+
+
+def _marked(tensor: Any, few: dict[int, Any]) -> Any:
+    """The tensor, or its number of elements and some of them: to be told from one that has no more."""
+    return (tensor.numel(), _thinned(tensor, few)) if tensor.numel() in few else tensor
 
 
 class _Arguments:

@@ -10,7 +10,9 @@ import ast
 import inspect
 import os
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from triton_sft_pipeline.verification.verdict import Finding
 from triton_sft_pipeline.verification.worker.interpreter import MAX_ELEMENTS
 from triton_sft_pipeline.verification.worker.kernel_session import INIT_SEED
+from triton_sft_pipeline.verification.worker.loading import load_code
 from triton_sft_pipeline.verification.worker.tensors import (
     UnsupportedValueError,
     clone,
@@ -31,6 +34,10 @@ from triton_sft_pipeline.verification.worker.tensors import (
 
 # Inputs of all draws together; a problem with larger inputs gets fewer, at least one.
 _MAX_INPUT_BYTES = 2 << 30
+# A processor takes seconds to draw more than this, and a GPU next to nothing.
+_LARGE_BYTES = 128 << 20
+# Bytes of the widest element of a tensor.
+_WIDEST = 16
 
 
 class ReferenceFailure(Exception):
@@ -52,22 +59,28 @@ def seed_secretly() -> None:
     torch.manual_seed(seed)
 
 
-def draw_inputs(code: ModuleType, count: int) -> list[Any]:
-    """Inputs of `count` trials on the CPU, each drawn with a seed of its own; fewer when they are gigabytes.
+def draw_inputs(code: ModuleType, count: int, device: str = "cpu") -> list[Any]:
+    """Inputs of `count` trials on a device, each drawn with a seed of its own; fewer when they are gigabytes.
+
+    On a GPU whatever the code makes without naming a device is made there, by that device's generators; all else is
+    the code's own affair, and may fail.
 
     Raises:
         ReferenceFailure: get_inputs gives what cannot be passed on.
     """
+    import torch
+
     draws: list[Any] = []
     while len(draws) < count:
         seed_secretly()
-        inputs = code.get_inputs()
+        with nullcontext() if device == "cpu" else torch.device(device):
+            inputs = code.get_inputs()
         if not isinstance(inputs, list | tuple):
             raise ReferenceFailure(
                 "reference_error", f"get_inputs() returns a {type(inputs).__name__}; it must return a list."
             )
         try:
-            draws.append(to_plain(inputs, lambda tensor: tensor.cpu()))
+            draws.append(to_plain(inputs, lambda tensor: tensor.to(device)))
         except UnsupportedValueError as error:
             raise ReferenceFailure(
                 "reference_error", f"get_inputs() returns {error}, which cannot be passed on."
@@ -76,21 +89,72 @@ def draw_inputs(code: ModuleType, count: int) -> list[Any]:
     return draws
 
 
+def are_inputs_large(file: Path, source: str) -> bool:
+    """Whether drawing this problem's inputs takes a processor seconds; False where that cannot be told beforehand."""
+    if not _has_large_numbers(source):
+        return False
+    with _apart(file, source) as code:
+        inputs = None if code is None else _inputs_on_meta(code)
+        return nbytes(inputs) > _LARGE_BYTES
+
+
+def draw_elsewhere(file: Path, source: str, count: int, device: str) -> list[Any] | None:
+    """Inputs as `draw_inputs` draws them on a GPU; None where the problem's code does not allow it."""
+    with _apart(file, source) as code:
+        try:
+            return None if code is None else draw_inputs(code, count, device)
+        # Code that mixes devices, for one; it is drawn where it was written for, and fails there if it must.
+        except Exception:
+            return None
+
+
+@contextmanager
+def _apart(file: Path, source: str) -> Iterator[ModuleType | None]:
+    """The problem's code loaded once more, where that does nothing else: what an attempt leaves behind in a module, a
+    tensor on another device say, must not reach the module under test.
+    """
+    name, code = "apart", None
+    try:
+        # Not everything can be loaded twice: a new operator has its name only once.
+        with suppress(Exception):
+            code = None if runs_code_when_loaded(source) else load_code(file, name)
+        yield code
+    finally:
+        sys.modules.pop(name, None)
+
+
+def _has_large_numbers(source: str) -> bool:
+    """Whether the numbers in a problem's code could be the shape of a large tensor; spares most problems a look."""
+    elements = 1
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Pow | ast.LShift):
+            return True
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 1:
+            elements *= node.value
+        if elements > _LARGE_BYTES // _WIDEST:
+            return True
+    return False
+
+
+def _inputs_on_meta(code: ModuleType) -> Any:
+    """The inputs without their values; None where get_inputs cannot be run on the meta device."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return to_plain(code.get_inputs(), same)
+    # Code that needs values cannot run there; it is drawn for real next, and fails there if it must.
+    except Exception:
+        return None
+
+
 def refuse_huge_inputs(code: ModuleType) -> None:
     """Find out how large the inputs are without allocating them, where get_inputs can be run on the meta device.
 
     Raises:
         ReferenceFailure: they are too large for the CPU interpreter.
     """
-    import torch
-
-    try:
-        with torch.device("meta"):
-            inputs = to_plain(code.get_inputs(), same)
-    # Code that needs values cannot run there; it is drawn for real next, and fails there if it must.
-    except Exception:
-        return
-    elements = sum(tensor.numel() for tensor in tensors_in(inputs))
+    elements = sum(tensor.numel() for tensor in tensors_in(_inputs_on_meta(code)))
     if elements > MAX_ELEMENTS:
         raise ReferenceFailure(
             "unsupported_on_cpu",

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from triton_sft_pipeline.verification.wire import Value
+from triton_sft_pipeline.verification.wire import Value, nbytes
 from triton_sft_pipeline.verification.worker import cores, mixing, tensors
 from triton_sft_pipeline.verification.worker.bench_session import BenchSession
 from triton_sft_pipeline.verification.worker.launches import LaunchMonitor
@@ -23,8 +23,10 @@ from triton_sft_pipeline.verification.worker.operators import OperatorLog
 from triton_sft_pipeline.verification.worker.precision import allowance, full_precision
 from triton_sft_pipeline.verification.worker.problem_code import (
     ReferenceFailure,
+    are_inputs_large,
     build_module,
     describe_state,
+    draw_elsewhere,
     draw_inputs,
     instantiate,
     module_classes,
@@ -95,7 +97,9 @@ class ReferenceSession:
             judged.
         """
         try:
-            return self._prepare(code, trials) | {"dirty": self._is_dirty(code)}
+            answer = self._prepare(code, trials) | {"dirty": self._is_dirty(code)}
+            self.gate.moves(nbytes(answer["trials"]))
+            return answer
         except ReferenceFailure as failure:
             return {"verdict": failure.finding.verdict, "detail": failure.finding.detail, "dirty": True}
         except UnsupportedValueError as error:
@@ -146,7 +150,7 @@ class ReferenceSession:
         if self._device == "cpu":
             refuse_huge_inputs(self._code)
         cores.stand_aside()
-        draws = draw_inputs(self._code, trials)
+        draws = self._draw(code, trials)
         self._first_draw = draws[0]
         classes = module_classes(self._file, self._code)
         module, class_name = build_module(self._code, classes, lambda: self._fresh(draws[0]), self._device)
@@ -178,6 +182,19 @@ class ReferenceSession:
             "aliases": aliases,
             "uses_bfloat16": "bfloat16" in code or any(str(tensor.dtype) == "torch.bfloat16" for tensor in holds),
         }
+
+    def _draw(self, code: str, count: int) -> list[Any]:
+        """Inputs, on the GPU already where they are large and the problem's code allows it."""
+        assert self._code is not None
+        if self._device != "cpu" and are_inputs_large(self._file, code):
+            had_gpu = self.gate.entered
+            self.gate.enter()
+            draws = draw_elsewhere(self._file, code, count, self._device)
+            if draws is not None:
+                return draws
+            if not had_gpu:
+                self.gate.leave()
+        return draw_inputs(self._code, count)
 
     def _release(self) -> None:
         """Give memory that is free in this process to the others."""
@@ -221,7 +238,7 @@ class ReferenceSession:
         """Inputs to measure on where none are sent; drawn when another process prepared the problem."""
         assert self._code is not None
         if self._first_draw is None:
-            self._first_draw = draw_inputs(self._code, 1)[0]
+            self._first_draw = self._draw(self._source, 1)[0]
         return self._fresh(self._first_draw)
 
     def _run(self, inputs: Any, module: Any = None) -> Any:
@@ -244,12 +261,14 @@ class ReferenceSession:
         output = self._run(inputs)
         touched = not tensors.same_bits(before, inputs)
         self.gate.leave()
+        self.gate.moves(tensors.nbytes(draw) + tensors.nbytes(output))
         trial: dict[str, Value] = {
             "inputs": to_wire_strided(draw),
             "output": to_wire(output),
             "after": to_wire(inputs) if touched else None,
             "slack": slack,
         }
+        self.gate.computes()
         return trial, output
 
     def _precise_trial(self, draw: Any, slack: tuple[float, ...]) -> dict[str, Value] | None:

@@ -1,7 +1,7 @@
 """The child's side of a conversation with the judge: one answer to each question, over a socket.
 
-A child that is about to use the GPU asks first, so that measurements run alone. Knows nothing of what is asked. The
-judge's side is `peer`.
+A child that is about to use the GPU asks first, so that measurements run alone. It says when it moves much data, which
+is not its kernel's time. Knows nothing of what is asked. The judge's side is `peer`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from triton_sft_pipeline.verification import wire
 from triton_sft_pipeline.verification.wire import Value
 
 Handler = Callable[..., dict[str, Value]]
+# Moving less than this takes no time worth telling.
+_SMALL = 1 << 20
 
 
 class GpuGate:
@@ -22,6 +24,7 @@ class GpuGate:
         self._socket = sock
         self._needed = needed
         self.entered = False
+        self._moves = False
 
     def enter(self) -> None:
         """Wait until the GPU may be used, unless it may already."""
@@ -36,6 +39,22 @@ class GpuGate:
             self.entered = False
             wire.send(self._socket, {"done": "gpu"})
 
+    def moves(self, size: int) -> None:
+        """Say that from now on so many bytes are moved, which is the judge's concern, and nothing is computed."""
+        if size > _SMALL and not self._moves:
+            self._moves = True
+            wire.send(self._socket, {"moves": True})
+
+    def computes(self) -> None:
+        """Say that moving data is over."""
+        if self._moves:
+            self._moves = False
+            wire.send(self._socket, {"moves": False})
+
+    def answers(self) -> None:
+        """Forget what was said in the course of a question: its answer ends all of it."""
+        self.entered = self._moves = False
+
 
 def serve(sock: socket.socket, gate: GpuGate, handlers: dict[str, Handler]) -> None:
     """Answer questions until the judge closes the connection."""
@@ -46,8 +65,8 @@ def serve(sock: socket.socket, gate: GpuGate, handlers: dict[str, Handler]) -> N
         except wire.ClosedError:
             return
         nonce, handler = question.pop("nonce"), handlers[str(question.pop("do"))]
-        gate.entered = False
+        gate.answers()
         answer = handler(**question)
         # The answer itself ends the use of the GPU.
-        gate.entered = False
+        gate.answers()
         wire.send(sock, {**answer, "nonce": nonce})

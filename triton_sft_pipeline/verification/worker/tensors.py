@@ -112,6 +112,11 @@ def to_wire_strided(value: Any) -> Value:
     return to_plain(value, _strided)
 
 
+def picked(tensor: Any, positions: Any) -> Any:
+    """The elements at these places of the tensor as one dimension."""
+    return tensor.reshape(-1)[positions.to(tensor.device)]
+
+
 def from_wire(value: Value, device: str) -> Any:
     """The reverse of both: a plain value with tensors on `device` that share no storage."""
     if isinstance(value, Array):
@@ -153,10 +158,10 @@ def _tensor(array: Array, device: str) -> Any:
 
     dtype = getattr(torch, array.dtype)
     elements = _span(array.shape, array.stride) if array.stride is not None else math.prod(array.shape)
-    flat = torch.empty(elements, dtype=dtype)
+    # Made where it belongs: a copy on the way would take as long as the way itself.
+    flat = torch.empty(elements, dtype=dtype, device=device)
     if elements:
         flat.view(torch.uint8).copy_(torch.frombuffer(array.data, dtype=torch.uint8))
-    flat = flat.to(device)
     return flat.view(array.shape) if array.stride is None else torch.as_strided(flat, array.shape, array.stride)
 
 

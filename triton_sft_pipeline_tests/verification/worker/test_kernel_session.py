@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from triton_sft_pipeline.verification.lanes import Lane
-from triton_sft_pipeline.verification.peer import Clock, Peer
+from triton_sft_pipeline.verification.peer import Clock, Peer, Share
 from triton_sft_pipeline.verification.wire import Array
 from triton_sft_pipeline_tests.verification.peers import array, numbers
 from triton_sft_pipeline_tests.verification.snippets import CALL, DOUBLE_KERNEL, HEADER, LAUNCH, kernel, pointwise
@@ -258,3 +259,40 @@ def test_switching_off_what_watches_the_operators_is_seen(session: Session) -> N
     off = "from torch.utils._python_dispatch import _pop_mode\n_pop_mode()\n"
     session.load(kernel(f"{off}{CALL}"))
     assert session.call(X)["verdict"] == "harness_tamper"
+
+
+PLACES = {3: array([2, 0], "int64")}
+
+
+def test_of_large_arguments_a_few_elements_are_sent_and_all_on_demand(session: Session) -> None:
+    session.load(kernel(f"y = torch.full_like(x, 7.0)\ny[0] = 5.0\n{LAUNCH}\nreturn y"))
+    answer = session.ask("call", inputs=(X,), reuse=False, sizes=(3,), places=PLACES)
+    assert numbers(answer["output"]).tolist() == [2.0, -4.0, 6.0]
+    ((size, few),) = answer["arguments"]
+    assert size == 3 and numbers(few).tolist() == [7.0, 5.0]
+    whole = session.ask("whole")
+    assert set(whole) == {"arguments"} and numbers(whole["arguments"][0]).tolist() == [5.0, 7.0, 7.0]
+    assert session.ask("whole") == {}
+
+
+def test_without_kernels_a_few_elements_of_the_output_are_sent_and_all_on_demand(session: Session) -> None:
+    session.load(kernel(f"y = torch.full_like(x, 7.0)\n{LAUNCH}\nreturn y, y[:2] + 1"))
+    answer = session.ask("ablate", inputs=(X,), sizes=(3, 2), places=PLACES)
+    large, small = answer["output"]
+    assert numbers(large).tolist() == [7.0, 7.0] and numbers(small).tolist() == [8.0, 8.0]
+    assert answer["arguments"][0][0] == 3
+    whole = session.ask("whole")
+    assert numbers(whole["output"][0]).tolist() == numbers(whole["arguments"][0]).tolist() == [7.0, 7.0, 7.0]
+    # The next question makes it forget.
+    session.ask("ablate", inputs=(X,), sizes=(3,), places=PLACES)
+    session.call(X)
+    assert session.ask("whole") == {}
+
+
+def test_moving_megabytes_is_not_the_kernels_time(session: Session) -> None:
+    session.load(kernel("time.sleep(0.3)\nreturn x", prelude="import time"))
+    large = array(np.ones(1 << 19))
+    clock = Clock(20.0, 20.0)
+    assert session._peer.ask("call", clock, 1 << 24, inputs=(large,), reuse=False)["output"].shape == (1 << 19,)
+    left = clock._left
+    assert left[Share.KERNEL] <= 19.7 and left[Share.MOVING] < 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ from triton_sft_pipeline.verification.worker import problem_code
 from triton_sft_pipeline.verification.worker.loading import load_code
 from triton_sft_pipeline.verification.worker.problem_code import (
     ReferenceFailure,
+    are_inputs_large,
     build_module,
     describe_state,
+    draw_elsewhere,
     draw_inputs,
     init_arguments,
     instantiate,
@@ -208,3 +211,53 @@ def test_what_is_described_is_a_copy_and_what_cannot_travel_is_left_out() -> Non
 )
 def test_code_that_does_more_than_define_is_seen(line: str, runs: bool) -> None:
     assert runs_code_when_loaded(f"import torch\n{line}\n") is runs
+
+
+LARGE = {
+    "numbers": ("n = 4096\ndef get_inputs():\n    return [torch.rand(n, 393216)]", True),
+    "a shift": ("def get_inputs():\n    return [torch.rand(1 << 28)]", True),
+    "a power": ("def get_inputs():\n    return [torch.rand(2**28)]", True),
+    "numbers that are no shape": ("n = 10**12\ndef get_inputs():\n    return [torch.rand(8)]", False),
+    "small numbers": ("def get_inputs():\n    return [torch.rand(4, 4, 4, 4)]", False),
+    "values are needed": ("def get_inputs():\n    return [torch.rand(int(torch.ones(1)) << 28)]", False),
+    "it cannot be loaded apart": ("torch.manual_seed(0)\ndef get_inputs():\n    return [torch.rand(1 << 28)]", False),
+    "it fails": ("def get_inputs():\n    return 1 / 0 ** 3", False),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_inputs_are_known_before_they_are_drawn(tmp_path: Path, name: str) -> None:
+    body, expected = LARGE[name]
+    file = tmp_path / "problem.py"
+    file.write_text(HEAD + body)
+    assert are_inputs_large(file, HEAD + body) is expected
+    assert "apart" not in sys.modules
+
+
+def test_inputs_are_drawn_where_they_are_asked_for(tmp_path: Path) -> None:
+    body = "def get_inputs():\n    return [torch.rand(3), torch.arange(3), torch.rand(2, device='cpu'), 5]"
+    file, _ = loaded(tmp_path, body)
+    draws = draw_elsewhere(file, HEAD + body, 2, "meta")
+    assert draws is not None and len(draws) == 2
+    assert [tensor.device.type for tensor in draws[0][:3]] == ["meta"] * 3 and draws[0][3] == 5
+    drawn = draw_elsewhere(file, HEAD + body, 2, "cpu")
+    assert drawn is not None and drawn[0][0].tolist() != drawn[1][0].tolist()
+
+
+def test_what_cannot_be_drawn_elsewhere_is_left_to_where_it_can(tmp_path: Path) -> None:
+    body = """
+        made = []
+        def get_inputs():
+            made.append(torch.rand(3))
+            return [made[0] + torch.rand(3, device="cpu")]
+    """
+    file, code = loaded(tmp_path, body)
+    assert draw_elsewhere(file, HEAD + textwrap.dedent(body), 1, "meta") is None
+    # And nothing of the attempt is left in the module under test.
+    assert code.made == [] and draw_inputs(code, 1)[0][0].device.type == "cpu"
+    named = (
+        "lib = torch.library.Library('test_problem_code_once', 'DEF')\ndef get_inputs():\n    return [torch.rand(3)]"
+    )
+    (tmp_path / "named").mkdir()
+    file, code = loaded(tmp_path / "named", named)
+    assert draw_elsewhere(file, HEAD + named, 1, "meta") is None and len(draw_inputs(code, 1)) == 1
