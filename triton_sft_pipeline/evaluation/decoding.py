@@ -73,7 +73,7 @@ def decode(
     columns = torch.arange(width, device=device)
     mask = (columns >= width - lengths).long()
     positions = (columns - (width - lengths)).clamp(min=0)
-    sampler = Sampler([row.seed for row in rows], temperature, top_p, device)
+    sampler = Sampler([row.seed for row in rows], max(row.room for row in rows), temperature, top_p, device)
     last_only = _last_logits_only(model)
     running, cache = list(rows), None
     while True:
@@ -103,7 +103,7 @@ def decode(
             running = [running[i] for i in left]
             kept = torch.tensor(left, device=device)
             cache.batch_select_indices(kept)
-            sampler.keep(left)
+            sampler.keep(kept)
             chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
         inputs, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)

@@ -19,6 +19,7 @@ from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.evaluation.stopping import REASONING_START, StopAtTriton
 from triton_sft_pipeline.evaluation.streaming import TextPieces
 from triton_sft_pipeline.training.threads import suitable_threads
+from triton_sft_pipeline.training.unpacked import unpacked_linears
 
 _logger = logging.getLogger(__name__)
 
@@ -192,7 +193,13 @@ def generate(
         if row.stopped:
             finish(row)
     order = sorted(rows, key=lambda row: (-len(row.prompt), requests[row.number].index, requests[row.number].sample))
-    with torch.no_grad(), suitable_threads(model), _evaluating(model), _adapter(model, adapter_enabled):
+    with (
+        torch.no_grad(),
+        suitable_threads(model),
+        _evaluating(model),
+        _adapter(model, adapter_enabled),
+        unpacked_linears(model),
+    ):
         _decode_all(
             model,
             [row for row in order if not row.stopped],

@@ -1,10 +1,9 @@
 """The next token of every row of a batch, greedy or sampled, so that an answer depends on its own seed alone.
 
-Sampling is the Gumbel-max trick: with independent g_i = -log(E_i), E_i exponential, argmax(log p_i + g_i) is token i
-with probability p_i (E. J. Gumbel 1954, "Statistical Theory of Extreme Values and Some Practical Applications"; for
-language models: W. Kool, H. van Hoof, M. Welling 2019, "Stochastic Beams and Where to Find Them"). Each row draws its
-noise from a generator of its own, a whole vocabulary a step, so neither its neighbours nor its place in the batch
-matter.
+A row has one uniform number a step, from a generator of its own, and takes the token at which the cumulative
+probability of the most likely tokens passes it (inverse transform sampling: L. Devroye 1986, "Non-Uniform Random
+Variate Generation", chapter II.2). So neither a row's neighbours nor its place in the batch matter, and no more than
+one number is drawn a token. The numbers are drawn on the CPU: the same on every device.
 """
 
 from __future__ import annotations
@@ -24,55 +23,57 @@ def request_seed(seed: int, key: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
 
-def nucleus(logits: Any, top_p: float) -> Any:
-    """The logits with everything outside the nucleus at minus infinity.
-
-    The nucleus is the smallest set of most likely tokens whose probability is at least `top_p`; the most likely token
-    is always in it (A. Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
-
-    Args:
-        logits: [rows, vocabulary], already divided by the temperature.
-        top_p: above 0, at most 1; 1 keeps everything.
-    """
-    if top_p >= 1.0:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    outside = before >= top_p
-    outside[:, 0] = False
-    return logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
-
-
 class Sampler:
     """Chooses tokens for rows that may end one by one.
 
     Args:
         seeds: one a row.
+        steps: how often it is called at most.
         temperature: 0 takes the most likely token and draws nothing.
-        top_p: see `nucleus`.
-        device: where the logits are. A CPU and a GPU draw different numbers from one seed.
+        top_p: above 0, at most 1: only the smallest set of most likely tokens whose probability is at least this is
+            sampled from; the most likely one is always in it (A. Holtzman et al. 2020, "The Curious Case of Neural Text
+            Degeneration").
+        device: where the logits are.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float, device: Any) -> None:
+    def __init__(self, seeds: Sequence[int], steps: int, temperature: float, top_p: float, device: Any) -> None:
         import torch
 
-        self._temperature, self._top_p = temperature, top_p
-        self._generators = [] if temperature == 0.0 else [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._temperature, self._top_p, self._step = temperature, top_p, 0
+        self._drawn: Any = None
+        if temperature > 0.0:
+            drawn = [torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            self._drawn = torch.stack(drawn).to(device)
 
     def __call__(self, logits: Any) -> Any:
         """The next token of each row, [rows]; `logits` is [rows, vocabulary], a row for each that still runs."""
-        import torch
-
-        if self._temperature == 0.0:
+        if self._drawn is None:
             return logits.argmax(dim=-1)
-        kept = nucleus(logits.float() / self._temperature, self._top_p)
-        noise = torch.empty_like(kept)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return (kept - noise.log_()).argmax(dim=-1)
+        chosen = sampled(logits.float() / self._temperature, self._top_p, self._drawn[:, self._step])
+        self._step += 1
+        return chosen
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
-        if self._generators:
-            self._generators = [self._generators[row] for row in rows]
+    def keep(self, rows: Any) -> None:
+        """Go on with these rows alone, in this order; `rows` are places among those that still run."""
+        if self._drawn is not None:
+            self._drawn = self._drawn[rows]
+
+
+def sampled(logits: Any, top_p: float, drawn: Any) -> Any:
+    """The token of each row [rows] that a number from [0, 1) stands for.
+
+    Args:
+        logits: [rows, vocabulary], already divided by the temperature.
+        top_p: as in `Sampler`.
+        drawn: [rows].
+    """
+    import torch
+
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    reached = probabilities.cumsum(dim=-1)
+    # The nucleus: what has less than `top_p` before it.
+    size = (reached - probabilities < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    mass = reached.gather(-1, size - 1)
+    place = torch.searchsorted(reached, drawn[:, None] * mass, right=True)
+    return order.gather(-1, place.clamp(max=size - 1))[:, 0]
