@@ -18,6 +18,11 @@ GROUP = "triton_sft"
 """One group for all: the lineage page shows the nodes of one group at once and folds several."""
 
 
+SHOWN = 3
+"""Samples on the page of an asset. So many are too long to be shown in place: the UI opens them in a dialog, which is
+wide enough for code.
+"""
+
 SOURCE = "reasoning_traces"
 """Key of the observed source: whatever `TRITON_SFT_TRACES` names."""
 

@@ -1,16 +1,17 @@
 """`chat_dataset`: the kept traces as conversations, split by problem, within the token budget."""
 
+import heapq
 from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
-from triton_sft_pipeline.assets.common import GROUP, TrialConfig, settings_for, sign_run, source_markdown
+from triton_sft_pipeline.assets.common import GROUP, SHOWN, TrialConfig, settings_for, sign_run, source_markdown
 from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_plainly
 from triton_sft_pipeline.assets.plots import histogram_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
 from triton_sft_pipeline.chat.card import CARD_FILE, about
-from triton_sft_pipeline.chat.dataset import ChatDataset, build_dataset, write_dataset
+from triton_sft_pipeline.chat.dataset import ChatDataset, Example, build_dataset, write_dataset
 from triton_sft_pipeline.chat.prompt import parse_answer, pytorch_code_of
 from triton_sft_pipeline.chat.quality import dataset_faults
 from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter
@@ -69,7 +70,7 @@ def build_dataset_asset(active: Config) -> Any:
             with store.open().building(KEY) as draft:
                 told = about(settings.model.base_model, budget, settings.dataset.license, parent.path)
                 write_dataset(dataset, draft.path, settings.dataset.form, told)
-                yield from enforce(KEY, gates(dataset, budget, held_out_fingerprints(settings)))
+                held = yield from enforce(KEY, gates(dataset, budget, held_out_fingerprints(settings)))
                 artifact = draft.promote(
                     dataset.data_version,
                     code_versions(settings)[KEY],
@@ -82,6 +83,7 @@ def build_dataset_asset(active: Config) -> Any:
                 )
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
+            check_results=held,
             metadata=_metadata(dataset, settings.dataset.form, budget, artifact),
         )
 
@@ -124,17 +126,21 @@ def _metadata(dataset: ChatDataset, form: str, budget: int, artifact: Artifact) 
         "tokens_max": every[-1],
         "tokens_total": sum(every),
         "splits": dg.MetadataValue.md(split),
-        "token_lengths": dg.MetadataValue.md(histogram_markdown(tokens, "Tokens a sample", budget)),
+        "token_lengths": dg.MetadataValue.md(histogram_markdown(tokens, "tokens a row", budget)),
         "path": dg.MetadataValue.path(str(artifact.path)),
         "card": dg.MetadataValue.path(str(artifact.path / CARD_FILE)),
-        "sample": dg.MetadataValue.md(_sample(dataset)),
+        "samples": dg.MetadataValue.md(_samples(dataset)),
     }
 
 
-def _sample(dataset: ChatDataset) -> str:
-    """The shortest of those that are faster than PyTorch, if any is."""
-    faster = [e for e in dataset.examples if (e.speedup or 0) > 1]
-    sample = min(faster or dataset.examples, key=lambda e: e.tokens)
-    answer = parse_answer(sample.completion[0]["content"])
-    pytorch_code = pytorch_code_of(sample.prompt[0]["content"])
-    return source_markdown(sample.sample_key, pytorch_code, answer.reasoning or "", answer.code or "")
+def _samples(dataset: ChatDataset) -> str:
+    """The shortest ones, those first that are faster than PyTorch."""
+    shortest = heapq.nsmallest(SHOWN, dataset.examples, key=lambda e: ((e.speedup or 0) <= 1, e.tokens))
+    return "\n\n".join(map(_sample, shortest))
+
+
+def _sample(example: Example) -> str:
+    answer = parse_answer(example.completion[0]["content"])
+    pytorch_code = pytorch_code_of(example.prompt[0]["content"])
+    title = f"{example.sample_key}, {example.tokens:,} tokens"
+    return source_markdown(title, pytorch_code, answer.reasoning or "", answer.code or "")

@@ -110,9 +110,9 @@ def build_evaluation_asset(active: Config) -> Any:
                         record={"headline": report["headline"]},
                     )
             opened.discard_workspace(KEY, fingerprint)
-        yield warning(KEY, tuned_not_worse(report))
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
+            check_results=[warning(KEY, tuned_not_worse(report))],
             metadata=report_metadata(report, artifact.path, opened.current_link(KEY)),
         )
 

@@ -7,7 +7,7 @@ current. The asset stays stale and nothing downstream runs on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,18 +32,23 @@ def gate_specs(asset: str, gates: Mapping[str, str]) -> list[dg.AssetCheckSpec]:
     return [dg.AssetCheckSpec(name, asset=asset, description=text, blocking=True) for name, text in gates.items()]
 
 
-def enforce(asset: str, gates: Sequence[Gate]) -> Iterator[dg.AssetCheckResult]:
-    """Report every gate, then fail the step when one did not hold. To be consumed before the draft is promoted.
+def enforce(asset: str, gates: Sequence[Gate]) -> Generator[dg.AssetCheckResult, None, list[dg.AssetCheckResult]]:
+    """Report every gate and fail the step when one did not hold. To be consumed before the draft is promoted.
+
+    Returns:
+        What to report with the materialisation when all hold: of a result that comes before it, the UI says that it is
+        about the materialisation of last time.
 
     Raises:
         dg.Failure: a gate failed. Not retried: the same input fails again.
     """
-    for gate in gates:
-        yield _result(asset, gate, dg.AssetCheckSeverity.ERROR)
+    results = [_result(asset, gate, dg.AssetCheckSeverity.ERROR) for gate in gates]
     failed = [gate for gate in gates if not gate.passed]
     if failed:
+        yield from results
         told = " ".join(f"{gate.name}: {gate.detail}" for gate in failed)
         raise dg.Failure(f"{asset}: not promoted, the previous version stays. {told}", allow_retries=False)
+    return results
 
 
 def warning(asset: str, gate: Gate) -> dg.AssetCheckResult:

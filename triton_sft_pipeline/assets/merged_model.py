@@ -53,7 +53,7 @@ def build_merged_asset(active: Config) -> Any:
         with told_plainly():
             opened = store.open()
             adapter = opened.require(PARENT)
-            yield from enforce(KEY, [same_base(adapter)])
+            held = yield from enforce(KEY, [same_base(adapter)])
             plan = plan_merge(_base_directory(adapter), adapter.path)
             with opened.building(KEY) as draft:
                 report = write_merged(plan, draft.path)
@@ -63,9 +63,9 @@ def build_merged_asset(active: Config) -> Any:
                     inputs={PARENT: adapter.data_version},
                     record={"base": adapter.record["depends_on"]["base"], "adapter": adapter.path.name},
                 )
-        yield warning(KEY, weights_moved(report))
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
+            check_results=[*held, warning(KEY, weights_moved(report))],
             metadata=_metadata(plan, report, artifact.path, opened.current_link(KEY)),
         )
 

@@ -16,7 +16,7 @@ INK, ACCENT, MUTED, WARN = "#2b3440", "#3b6fd4", "#b8c2cf", "#d4733b"
 def funnel_table(funnel: Mapping[str, Any]) -> str:
     """What became of the records that were read: a table short enough for the UI to show in place."""
     rows = [[name, f"{count:,}"] for name, count, _ in _funnel_rows(funnel)]
-    return table_markdown(["what became of them", "records"], [["read", f"{funnel['read']:,}"], *rows])
+    return table_markdown(["what became of them", "n"], [["read", f"{funnel['read']:,}"], *rows])
 
 
 def funnel_plot(funnel: Mapping[str, Any]) -> str:
@@ -25,8 +25,12 @@ def funnel_plot(funnel: Mapping[str, Any]) -> str:
 
     def draw(axes: Any) -> None:
         bars = axes.barh(names, counts, color=colors)
-        axes.bar_label(bars, padding=3, color=INK)
-        axes.set_title(f"{funnel['read']:,} records read")
+        told = [f"{count:,} ({count / max(1, funnel['read']):.1%})" for count in counts]
+        axes.bar_label(bars, told, padding=3, color=INK)
+        # The bars add up to what was read.
+        axes.set_title(f"what became of {funnel['read']:,} records", fontsize=10, loc="left")
+        axes.margins(x=0.3)
+        _count_axis(axes.xaxis)
         axes.spines[["top", "right"]].set_visible(False)
 
     return image(draw, height=1.2 + 0.32 * len(names))
@@ -38,7 +42,15 @@ def _funnel_rows(funnel: Mapping[str, Any]) -> list[tuple[str, int, str]]:
     return rows + [(f"quarantined: {reason}", count, MUTED) for reason, count in funnel["quarantined"].items()]
 
 
-def histogram_markdown(values: Mapping[str, Sequence[int]], title: str, limit: int) -> str:
+def _count_axis(axis: Any) -> None:
+    """Whole numbers alone, and not so many that they run into one another."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def histogram_markdown(values: Mapping[str, Sequence[int]], x: str, limit: int) -> str:
     """Histogram of one or more named series, with a line at `limit`."""
 
     def draw(axes: Any) -> None:
@@ -46,21 +58,24 @@ def histogram_markdown(values: Mapping[str, Sequence[int]], title: str, limit: i
         colors = [ACCENT, WARN][: len(names)]
         axes.hist([values[n] for n in names], bins=24, stacked=True, label=names, color=colors)
         axes.axvline(limit, color=INK, linestyle="--", linewidth=1, label=f"budget {limit:,}")
-        axes.set_title(title)
+        axes.set_xlabel(f"{x}, n = {sum(len(values[n]) for n in names):,}")
+        axes.set_ylabel("rows")
+        _count_axis(axes.yaxis)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
 
     return image(draw)
 
 
-def curves_markdown(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str) -> str:
+def curves_markdown(curves: Mapping[str, Sequence[tuple[float, float]]], y: str, x: str) -> str:
     """Named curves of (x, y) points: the loss of a training run."""
 
     def draw(axes: Any) -> None:
         for (name, points), color in zip(curves.items(), (ACCENT, WARN, INK), strict=False):
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, color=color, marker="o" if len(points) < 15 else None)
-        axes.set_title(title)
+        axes.set_ylabel(y)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel(x)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

@@ -11,6 +11,7 @@ import dagster as dg
 from triton_sft_pipeline.assets.gates import Gate
 from triton_sft_pipeline.assets.plots import table_markdown
 from triton_sft_pipeline.traces import Filtered, FilterSettings
+from triton_sft_pipeline.traces.funnel import DROPPED_FILE, QUARANTINE_FILE
 from triton_sft_pipeline.traces.statistics import KeptSummary
 
 GATES = {
@@ -122,7 +123,7 @@ def warnings(filtered: Filtered, settings: FilterSettings, before: LastTime) -> 
 
 
 def samples_of_each_reason(filtered: Filtered) -> str:
-    """Up to five records of each reason, as a table."""
+    """The first few records of each reason, as a table."""
     refused = [
         row
         for losses in (filtered.losses_dropped, filtered.losses_quarantined)
@@ -130,7 +131,10 @@ def samples_of_each_reason(filtered: Filtered) -> str:
         for row in losses.samples[reason]
     ]
     rows = [[r.reason, r.sample_key, f"{r.file.rsplit('/', 1)[-1]} #{r.position}", r.detail] for r in refused]
-    return table_markdown(["reason", "trace", "where", "why"], rows) if rows else "Nothing was dropped."
+    if not rows:
+        return "Nothing was dropped."
+    table = table_markdown(["reason", "trace", "where", "why"], rows)
+    return f"The first few of each reason. All of them: `{DROPPED_FILE}` and `{QUARANTINE_FILE}`.\n\n{table}"
 
 
 def _holds_for_all(name: str, summary: KeptSummary, fault: str) -> Gate:

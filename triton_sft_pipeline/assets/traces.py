@@ -1,6 +1,7 @@
 """`reasoning_traces`, which is observed, and `filtered_traces`, which is made of it."""
 
-from collections.abc import Callable, Iterator
+import heapq
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -8,6 +9,7 @@ import dagster as dg
 from triton_sft_pipeline.assets import trace_gates
 from triton_sft_pipeline.assets.common import (
     GROUP,
+    SHOWN,
     SOURCE,
     TrialConfig,
     observe_traces,
@@ -28,7 +30,7 @@ from triton_sft_pipeline.config import (
 )
 from triton_sft_pipeline.resources import StoreResource
 from triton_sft_pipeline.storage import Artifact
-from triton_sft_pipeline.traces import Filtered, describe, filter_location, iterate_kept, write_filtered
+from triton_sft_pipeline.traces import Filtered, Trace, describe, filter_location, iterate_kept, write_filtered
 
 KEY = "filtered_traces"
 
@@ -83,7 +85,9 @@ def build_trace_assets(active: Config) -> list[Any]:
             context.log.info("\n%s", describe(filtered))
             write_filtered(filtered, draft.path)
             filtered.discard()
-            yield from enforce(KEY, trace_gates.gates(filtered, settings.filter, held_out_fingerprints(settings)))
+            held = yield from enforce(
+                KEY, trace_gates.gates(filtered, settings.filter, held_out_fingerprints(settings))
+            )
             last = opened.current(KEY)
             before = trace_gates.LastTime.of(last.record if last else None)
             artifact = draft.promote(
@@ -96,10 +100,10 @@ def build_trace_assets(active: Config) -> list[Any]:
                     "statistics": trace_gates.statistics(filtered),
                 },
             )
-        for gate in trace_gates.warnings(filtered, settings.filter, before):
-            yield warning(KEY, gate)
+        warned = [warning(KEY, gate) for gate in trace_gates.warnings(filtered, settings.filter, before)]
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
+            check_results=[*held, *warned],
             metadata=_metadata(filtered, artifact),
         )
 
@@ -128,22 +132,46 @@ def _metadata(filtered: Filtered, artifact: Artifact) -> dict[str, Any]:
     return {
         "dagster/row_count": filtered.kept_count,
         "read": filtered.read,
+        "kept": filtered.kept_count,
         "dropped": sum(funnel["dropped"].values()),
         "quarantined": sum(funnel["quarantined"].values()),
-        **trace_gates.statistics(filtered),
+        **_named_for_people(trace_gates.statistics(filtered)),
         # The whole of it is in artifact.json; 64 characters in one piece make the page's table wider than the page.
         "source_hash": filtered.source_hash[:16],
         "funnel": dg.MetadataValue.md(funnel_table(funnel)),
         "funnel_plot": dg.MetadataValue.md(funnel_plot(funnel)),
         "dropped_and_quarantined": dg.MetadataValue.md(trace_gates.samples_of_each_reason(filtered)),
         "path": dg.MetadataValue.path(str(artifact.path)),
-        "sample_trace": dg.MetadataValue.md(_sample(artifact)),
+        "samples": dg.MetadataValue.md(_samples(artifact)),
     }
 
 
-def _sample(artifact: Artifact) -> str:
-    """The shortest of those that are faster than PyTorch, if any is."""
-    shortest = min(
-        iterate_kept(artifact.path), key=lambda t: (not t.fast_1, len(t.pytorch_code) + len(t.triton_code), t.version)
+_SHARES = {
+    "contradictory_labels": "share_contradictory",
+    "duplicates": "share_duplicates",
+    "largest_problem": "share_largest_problem",
+    "largest_family": "share_largest_family",
+}
+"""Statistics that are shares and could be read as counts."""
+
+
+def _named_for_people(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        _SHARES.get(name, name): round(value, 4) if isinstance(value, float) else value
+        for name, value in statistics.items()
+    }
+
+
+def _samples(artifact: Artifact) -> str:
+    """The shortest ones, those first that are faster than PyTorch."""
+    shortest = heapq.nsmallest(
+        SHOWN,
+        iterate_kept(artifact.path),
+        key=lambda t: (not t.fast_1, len(t.pytorch_code) + len(t.triton_code), t.version),
     )
-    return source_markdown(shortest.sample_key, shortest.pytorch_code, shortest.reasoning or "", shortest.triton_code)
+    return "\n\n".join(map(_sample, shortest))
+
+
+def _sample(trace: Trace) -> str:
+    title = trace.sample_key if trace.speedup is None else f"{trace.sample_key}, labelled {trace.speedup:.2f}x"
+    return source_markdown(title, trace.pytorch_code, trace.reasoning or "", trace.triton_code)

@@ -64,7 +64,7 @@ def build_training_asset(active: Config) -> Any:
                 # Reloading needs the memory that the trained model holds.
                 run = _without_model(run)
                 reloaded = _reload(run.adapter_dir, settings)
-                yield from enforce(KEY, gates(run, reloaded))
+                held = yield from enforce(KEY, gates(run, reloaded))
                 with opened.building(KEY) as draft:
                     _copy_adapter(workspace, draft.path)
                     artifact = draft.promote(
@@ -79,9 +79,9 @@ def build_training_asset(active: Config) -> Any:
                         },
                     )
             opened.discard_workspace(KEY, fingerprint)
-        yield warning(KEY, _eval_loss(run))
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
+            check_results=[*held, warning(KEY, _eval_loss(run))],
             metadata=_metadata(run, settings) | {"path": dg.MetadataValue.path(str(artifact.path))},
         )
 
@@ -168,17 +168,16 @@ def _metadata(run: "TrainingRun", settings: Config) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "preset": settings.preset,
         "base_model": settings.model.base_model,
+        # Not `loss` and `eval_loss`: the live curves have these names.
         "train_loss": round(run.train_loss[1], 4),
+        **({"test_loss": round(run.eval_loss[1], 4)} if run.eval_loss else {}),
         "steps": run.steps,
         "seconds": round(run.seconds, 1),
         "trainable_parameters": run.trainable_parameters,
         "adapted_modules": run.adapters,
-        # Not `loss`: the live curve has that name.
-        "loss_plot": dg.MetadataValue.md(curves_markdown(curves, f"Loss in {run.steps} steps", "optimiser step")),
+        "loss_plot": dg.MetadataValue.md(curves_markdown(curves, "loss a token", "optimiser step")),
         "settings": dg.MetadataValue.md(_settings_table(settings)),
     }
-    if run.eval_loss is not None:
-        metadata["eval_loss"] = round(run.eval_loss[1], 4)
     if run.resumed_from is not None:
         metadata["resumed_from_step"] = run.resumed_from
     return metadata

@@ -21,6 +21,8 @@ PLOT = 250.0
 """Height of the plot area of a curve."""
 LANE = 112.0
 """Height of one model's lane of dots."""
+LONGEST_NAME = 44
+"""Letters of a name that the width of a lane has room for."""
 DOT = 3.4
 REACH = 118.0
 """Half the width of a difference's axis."""
@@ -88,13 +90,22 @@ def fast_p_figure(curves: Sequence[Curve], top: float = 1.0) -> Markup:
     return _svg(TOP + PLOT + BOTTOM, f"fast_p curves. {words}", parts)
 
 
-def speedup_figure(lanes: Sequence[Lane]) -> Markup:
-    """Each verified and timed kernel as a dot on a logarithmic axis, a lane a model, with lines at 1x and 2x, and below
-    the dots the geometric mean with its interval.
+def speed_reach(lanes: Sequence[Lane]) -> tuple[int, int]:
+    """The powers of two between which all these speedups lie, 0.5x and 4x at least. Figures that are compared share
+    them.
     """
     values = [speed for lane in lanes for _, speed in lane.kernels if speed > 0]
-    low = floor(log2(min([*values, 0.5])))
-    high = ceil(log2(max([*values, 4.0])))
+    return floor(log2(min([*values, 0.5]))), ceil(log2(max([*values, 4.0])))
+
+
+def speedup_figure(lanes: Sequence[Lane], reach: tuple[int, int] | None = None) -> Markup:
+    """Each verified and timed kernel as a dot on a logarithmic axis, a lane a model, with lines at 1x and 2x, and below
+    the dots the geometric mean with its interval.
+
+    Args:
+        reach: ends of the axis, from `speed_reach`; default those of the lanes themselves.
+    """
+    low, high = reach or speed_reach(lanes)
     bottom = TOP + LANE * len(lanes)
 
     def x(speed: float) -> float:
@@ -117,7 +128,7 @@ def speedup_figure(lanes: Sequence[Lane]) -> Markup:
 def _lane(lane: Lane, top: float, x: Any) -> list[Markup]:
     parts = [
         _rule(LEFT, top + LANE, WIDTH - RIGHT, top + LANE, "grid"),
-        _text(LEFT - 8, top + LANE / 2 + 4, lane.name if len(lane.name) < 8 else f"{lane.name[:5]}…", "end"),
+        _lane_name(lane.name, top),
     ]
     if not lane.kernels:
         return [*parts, _text(LEFT + (WIDTH - LEFT - RIGHT) / 2, top + LANE / 2 + 4, "no verified kernel", "middle")]
@@ -132,6 +143,13 @@ def _lane(lane: Lane, top: float, x: Any) -> list[Markup]:
         diamond = [(mean - 5, height), (mean, height - 5), (mean + 5, height), (mean, height + 5)]
         parts.append(Markup('<polygon class="mean {}" points="{}"/>').format(lane.css, _points(diamond)))
     return parts
+
+
+def _lane_name(name: str, top: float) -> Markup:
+    """Beside the lane where there is room, else at its upper edge: the first letters of two names may be the same."""
+    if len(name) < 8:
+        return _text(LEFT - 8, top + LANE / 2 + 4, name, "end")
+    return _text(LEFT + 6, top + 14, name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…", "start")
 
 
 def _swarm(places: Sequence[float]) -> list[tuple[float, float]]:

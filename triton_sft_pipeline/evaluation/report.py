@@ -5,6 +5,7 @@ Knows nothing of models or judges: it reads the plain data that `evaluate` retur
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -136,7 +137,8 @@ def page_template(name: str) -> Any:
         by_kind=report_text.by_kind,
         reach_text=figures.reach_text,
         capitalise=lambda text: text[:1].upper() + text[1:],
-        arrows=lambda text: text.replace("->", "→").replace(" %", "\u00a0%"),
+        arrows=lambda text: _unbroken(text.replace("->", "→")),
+        unbroken=_unbroken,
         words=lambda verdict: verdict.replace("_", " "),
         clip=clip,
         python=lambda source, most=LONGEST_SHOWN: highlight_python(clip(source, most)),
@@ -150,10 +152,17 @@ def page_template(name: str) -> Any:
     return environment.get_template(name)
 
 
+def _unbroken(text: str) -> str:
+    """With numbers and their percent signs on one line."""
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
+
+
 def _speed_figures(
     report: Mapping[str, Any], models: Sequence[str], splits: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What the figures of each split are drawn from. All curves of a report share one vertical axis."""
+    """What the figures of each split are drawn from. All curves of a report share one vertical axis, and all
+    speedups one horizontal axis.
+    """
     found = []
     for split in splits:
         rows = [row for row in report["problems"] if row["split"] == split["key"]]
@@ -161,7 +170,8 @@ def _speed_figures(
         lanes = [figures.Lane(m, m, kernel_speeds(rows, m), report[m][split["key"]]["speedup"]) for m in models]
         found.append({**split, "curves": [curve for curve in curves if curve.points], "lanes": lanes})
     top = figures.curve_top([curve for split in found for curve in split["curves"]])
-    return [{**split, "top": top} for split in found if split["curves"]]
+    speeds = figures.speed_reach([lane for split in found for lane in split["lanes"]])
+    return [{**split, "top": top, "speeds": speeds} for split in found if split["curves"]]
 
 
 def kernel_speeds(problems: Sequence[Mapping[str, Any]], model: str) -> list[tuple[str, float]]:

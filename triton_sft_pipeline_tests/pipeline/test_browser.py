@@ -89,7 +89,7 @@ def test_the_lineage_page_shows_the_five_assets_at_once(words: Look) -> None:
 
 def test_the_page_of_the_filtered_traces_shows_the_funnel(words: Look) -> None:
     page = words("/assets/filtered_traces")
-    for name in ("read", "dropped", "quarantined", "share_kept", "funnel", "funnel_plot", "sample_trace"):
+    for name in ("read", "dropped", "quarantined", "share_kept", "funnel", "funnel_plot", "samples"):
         assert name in page
     # The table of the funnel is short enough for the page to show it in place.
     assert "what became of them" in page

@@ -190,8 +190,8 @@ def test_the_page_of_the_report_shows_scores_differences_plots_and_numbers_for_t
     assert made
     shown: dict[str, Any] = {name: value.value for name, value in made.metadata.items()}
     assert shown["headline"].startswith("verified kernels: base ")
-    assert "| Held-out problems | tuned | 100 % [72, 100], 10/10 |" in shown["scores"]
-    assert "| Held-out problems | 0 points [" in shown["tuned_against_base"]
+    assert "| held-out | tuned | 100 % [72, 100], 10/10 |" in shown["scores"]
+    assert "| held-out | 0 points [" in shown["tuned_against_base"]
     assert shown["scores_plot"].startswith("![plot](data:image/png;base64,")
     assert "fast_p_plot" not in shown, "nothing was timed"
     assert shown["held_out_base_fast_0"] == shown["held_out_tuned_fast_0"] == 1.0
@@ -243,5 +243,5 @@ def test_one_answer_more_of_many_counts() -> None:
 
 def test_the_score_table_says_that_speed_was_not_measured() -> None:
     table = score_table(made_report(split_of("test", ["verified"], ["verified"]), timed=False))
-    assert table.count("not measured") == 4
-    assert "| Test split | base | 100 % [" in table
+    assert table.endswith("not measured: fast_1, fast_2")
+    assert "| test | base | 100 % [" in table

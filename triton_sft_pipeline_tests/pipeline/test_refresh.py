@@ -246,4 +246,4 @@ def test_the_page_of_the_filter_shows_the_funnel_with_records_of_each_reason(pip
     assert "| dropped: correctness | 16 |" in str(shown["funnel"].value)
     assert str(shown["funnel_plot"].value).startswith("![plot](data:image/png;base64,")
     assert str(shown["dropped_and_quarantined"].value).count("| correctness |") == 5
-    assert shown["share_kept"].value == pytest.approx(31 / 50) and shown["largest_family"].value < 0.2
+    assert shown["share_kept"].value == pytest.approx(31 / 50) and shown["share_largest_family"].value < 0.2
