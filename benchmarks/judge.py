@@ -42,7 +42,7 @@ from judge_report import rows, table
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import write_json
-from triton_sft_pipeline.labels import Judgeable, read_judgeable
+from triton_sft_pipeline.judgeable import Judgeable, read_judgeable
 from triton_sft_pipeline.verification import JUDGE_VERSION, Verdict
 
 PARTS = ("rate", "yardstick", "aa", "repeat", "hang")

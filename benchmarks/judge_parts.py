@@ -13,7 +13,7 @@ import judge_kernels
 import judge_yardstick
 from judge_machine import BusyGpu
 
-from triton_sft_pipeline.labels import Judgeable
+from triton_sft_pipeline.judgeable import Judgeable
 from triton_sft_pipeline.verification import JudgeItem, KernelJudge, Verdict
 
 HANG_LIMIT_S = 2.0

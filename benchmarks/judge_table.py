@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.labels import Judgeable, read_judgeable
+from triton_sft_pipeline.judgeable import Judgeable, read_judgeable
 from triton_sft_pipeline.verification import Verdict
 
 LABELS = {True: "labelled correct", False: "labelled incorrect", None: "no label"}

@@ -16,7 +16,7 @@ examples:
 in --out: report.html, report.md, report.json; summary.json with every step's time;
 the pipeline's storage and Dagster home; settings.yaml, with which it can be repeated.
 
-Exit code 0: the report is there. 1: a step failed. 2: usage or input.
+Exit code 0: the report is there. 1: a step failed. 2: usage or input. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def main() -> int:
     except PipelineError as error:
         print(f"real_run.py: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"real_run.py: interrupted; the same command goes on in {out}.", file=sys.stderr)
+        return 130
     return 1 if failed else 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triton_sft_pipeline.api import (
+        answer,
         create_lora_config,
         create_training_config,
         inference,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "answer",
     "create_lora_config",
     "create_training_config",
     "inference",

@@ -10,6 +10,7 @@ from triton_sft_pipeline.config import Config, load_config, preset_names, record
 from triton_sft_pipeline.storage import MANIFEST, ArtifactStore
 
 KEY = "lora_adapter"
+_SAMPLES, _TEMPERATURE = "evaluation.samples", "evaluation.temperature"
 
 
 def adapter_settings(adapter: Path | None, overrides: Mapping[str, Any] | None = None) -> tuple[Config, Path]:
@@ -21,7 +22,8 @@ def adapter_settings(adapter: Path | None, overrides: Mapping[str, Any] | None =
 
     Args:
         adapter: a directory; None: the current `lora_adapter`.
-        overrides: dotted names to values, which win over what is recorded.
+        overrides: dotted names to values, which win over what is recorded. With several samples among them a recorded
+            temperature of 0 counts as none.
 
     Raises:
         PipelineError: there is no such adapter, or an override is no setting.
@@ -54,5 +56,9 @@ def _overridden(recorded: Config, overrides: Mapping[str, Any] | None) -> Config
     values: dict[str, Any] = {}
     for name, value in recorded.model_dump(mode="json", exclude={"preset"}).items():
         values |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    samples = overrides.get(_SAMPLES)
+    if values.get(_TEMPERATURE) == 0.0 and isinstance(samples, int) and samples > 1:
+        # Earlier versions wrote the 0 of a single answer down; nobody chose it for several.
+        values[_TEMPERATURE] = None
     preset = recorded.preset if recorded.preset in preset_names() else None
     return load_config(preset=preset, overrides=values | dict(overrides))

@@ -231,7 +231,7 @@ def inference(
     """Ask the tuned model for a kernel.
 
     Args:
-        pytorch_code: a PyTorch module.
+        pytorch_code: a PyTorch module; for several answers a whole problem, with `get_inputs()`.
         adapter: directory of an adapter; default the current `lora_adapter`.
         best_of: answers to generate. Of several the judge chooses the fastest correct kernel; one is not judged.
         temperature: 0 takes the likeliest tokens; default the preset's, and 0.7 for several answers.
@@ -245,7 +245,8 @@ def inference(
         kernel, its verdict and the other candidates.
 
     Raises:
-        PipelineError: the code is no Python, there is no adapter, or its base model cannot be had.
+        PipelineError: the code is no Python, or for several answers no whole problem; there is no adapter, or its base
+            model cannot be had.
         StepError: of several answers none held, with the verdict on each; or memory is out.
     """
     found = answer(
@@ -258,7 +259,7 @@ def inference(
         progress=progress,
     )
     if found.candidates and found.code is None:
-        verdicts = ", ".join(f"answer {c.sample} {c.verdict.verdict}" for c in found.candidates)
+        verdicts = ", ".join(f"answer {c.sample + 1} {c.verdict.verdict}" for c in found.candidates)
         raise StepError(f"none of {best_of} answers holds a correct kernel: {verdicts}.")
     return found.text
 
@@ -283,11 +284,14 @@ def answer(
     from contextlib import nullcontext
 
     from triton_sft_pipeline.evaluation.infer import infer, infer_settings, open_judge, require_python
+    from triton_sft_pipeline.problems.loading import require_problem
     from triton_sft_pipeline.progress import on_a_terminal
     from triton_sft_pipeline.training.adapter_fit import check_adapter_fits
     from triton_sft_pipeline.training.model import load_model_and_tokenizer as load
 
     require_python(pytorch_code)
+    if best_of > 1:
+        require_problem(pytorch_code)
     config, path = adapter_settings(Path(adapter) if adapter else None)
     settings = infer_settings(config.evaluation, best_of, temperature)
     check_adapter_fits(path, config.model)

@@ -243,15 +243,17 @@ def verify(
               1  a record could not be judged, the others were; or disk full
               2  usage or input; --out was judged in another way, or is in use
     """
-    from triton_sft_pipeline import labels
+    from triton_sft_pipeline.judgeable import Judgeable, Refused, read_judgeable
+    from triton_sft_pipeline.judging import JudgeSettings, check_destinations, judge_records
     from triton_sft_pipeline.label_table import outcome_lines
+    from triton_sft_pipeline.labels import write_relabelled
     from triton_sft_pipeline.progress import progress_bar
     from triton_sft_pipeline.verification import KernelJudge
 
-    labels.check_destinations(list(traces), out, relabel)
-    everything = labels.read_judgeable(list(traces))
-    records = [item for item in everything if isinstance(item, labels.Judgeable)]
-    refused = [item for item in everything if isinstance(item, labels.Refused)]
+    check_destinations(list(traces), out, relabel)
+    everything = read_judgeable(list(traces))
+    records = [item for item in everything if isinstance(item, Judgeable)]
+    refused = [item for item in everything if isinstance(item, Refused)]
     for item in refused:
         click.echo(f"not judged: {item.sentence}", err=True)
     if not records:
@@ -261,13 +263,13 @@ def verify(
             why = " ".join(judge.isolation_reason.split()) or "no reason is known"
             click.echo(f"isolation is only process: kernels can read your files ({why})", err=True)
         times = judge.backend == "cuda" and not no_timing
-        settings = labels.JudgeSettings(judge.backend, trials, times, times and compile_baseline)
+        settings = JudgeSettings(judge.backend, trials, times, times and compile_baseline)
         with progress_bar("kernels", resumes=True) as progress:
-            judged = labels.judge_records(records, judge, out, settings, progress)
+            judged = judge_records(records, judge, out, settings, progress)
     for line in (*outcome_lines(records, judged), f"verdicts   {out}"):
         _say(line)
     if relabel:
-        labels.write_relabelled(list(traces), judged.verdicts, relabel)
+        write_relabelled(list(traces), judged.verdicts, relabel)
         _say(f"relabelled {relabel}")
     if refused:
         _fail(f"{len(refused)} could not be judged; they are named above.", 1)

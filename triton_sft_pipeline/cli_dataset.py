@@ -13,7 +13,7 @@ from triton_sft_pipeline.config import storage_root
 from triton_sft_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from triton_sft_pipeline.chat.dataset import Example
+    from triton_sft_pipeline.chat.examples import Example
     from triton_sft_pipeline.chat.push import PushPlan
     from triton_sft_pipeline.training.samples import Sample
 

@@ -6,7 +6,6 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +58,7 @@ class Plan(NamedTuple):
     metavar="LOCATION",
     help="Folder of KernelBench-format files, one .py, .jsonl, .parquet, or hf://ScalingIntelligence/KernelBench.",
 )
-@click.option("--levels", type=_Levels(), metavar="3,4", help="Levels to ask (KernelBench as a whole: 3,4).")
+@click.option("--levels", type=_Levels(), metavar="3,4", help="Levels to ask (default: all; KernelBench: 3,4).")
 @click.option("--samples", type=click.IntRange(min=1), help="Answers a problem (default: the preset's).")
 @click.option(
     "--temperature", type=click.FloatRange(min=0.0), help="0 is greedy (default: 0 for one sample, 0.7 for several)."
@@ -99,9 +98,10 @@ def evaluate(
     With --adapter, and without --preset or --config, the configuration is the one that the adapter records.
 
     \b
-      triton-sft evaluate --adapter sft_output --problems data/held_out \\
-                          --samples 8 --out report
-      triton-sft evaluate --preset trinity-mini --adapter sft_output \\
+      triton-sft evaluate --adapter storage/sft_output \\
+                          --problems data/held_out --samples 8 --out report
+      triton-sft evaluate --preset trinity-mini \\
+                          --adapter storage/sft_output \\
                           --problems hf://ScalingIntelligence/KernelBench \\
                           --levels 1,2 --out report
       triton-sft evaluate --server http://localhost:8000/v1 --model base \\
@@ -125,6 +125,11 @@ def evaluate(
 
         notes.append(check_adapter_fits(adapter, config.model) or "")
     plan = _planned(location, config, adapter, trained_on, tuned=bool(adapter or tuned_name), notes=notes)
+    if given["levels"] and not any(p.level for problems in plan.splits.values() for p in problems):
+        raise PipelineError(
+            f"{location}: none of its problems says its level, so --levels cannot choose. Leave it out, or give them a "
+            "`level`."
+        )
     models = {"base": base_name, "tuned": tuned_name} if server else {"base": "", "tuned": "" if adapter else None}
     roles = [role for role, name in models.items() if name is not None]
     who = _who(config, adapter, server, models)
@@ -133,9 +138,11 @@ def evaluate(
             click.echo(line)
         return
     assert out is not None
-    _tell_before(plan, config, roles, out)
-    with _asker(config, adapter, server, models, concurrency) as asker:
-        report = _run(asker, plan, config, out, _facts(config, adapter, plan, location))
+    # Before a model is loaded for nothing.
+    _answers_there(plan, config, roles, out)
+    _tell_before(plan, config)
+    facts = _facts(config, adapter, plan, location)
+    report = _run(_asker(config, adapter, server, models, concurrency, out, facts), plan, config, out, facts)
     click.echo(textwrap.fill(report["headline"], 80))
     click.echo(f"report  {out / 'report.html'}")
 
@@ -190,6 +197,9 @@ def _planned(
     if not found.problems:
         named = "\n".join(unusable_lines(found.unusable))
         raise PipelineError(f"{location} holds no problem that can be asked.\n{named}")
+    unlevelled = sum(problem.level is None for problem in found.problems)
+    if config.evaluation.levels and unlevelled:
+        notes.append(f"{unlevelled} of {len(found.problems)} problems say no level, and are asked whatever the levels.")
     clean: list[Problem] = list(found.problems)
     touched: list[tuple[Problem, str]] = []
     known = None
@@ -200,7 +210,7 @@ def _planned(
         if known is None:
             notes.append(
                 "What the tuned model was trained on is not recorded, so no problem could be compared with it: a "
-                "held-out problem may be one that it has seen."
+                "held-out problem may be one that it has seen. Name its chat dataset with --trained-on DIR."
             )
         else:
             clean, touched = split_touched(found.problems, known)
@@ -216,23 +226,30 @@ def _who(config: Config, adapter: Path | None, server: str | None, models: dict[
 
 
 def _plan_lines(plan: Plan, config: Config, roles: list[str], who: str, out: Path | None) -> Iterator[str]:
-    from triton_sft_pipeline.evaluation_lines import asking_lines, problem_lines, touched_lines, unusable_lines
+    from triton_sft_pipeline.evaluation_lines import (
+        against_lines,
+        asking_lines,
+        problem_lines,
+        touched_lines,
+        unusable_lines,
+    )
     from triton_sft_pipeline.problems.families import family_of
 
     yield from problem_lines(plan.location, plan.splits, family_of)
     yield from unusable_lines(plan.unusable)
     yield from touched_lines(plan.touched)
     if plan.trained_on:
-        yield f"{'against':11}{len(plan.trained_on.problems):,} training problems of {plan.trained_on.dataset}"
+        yield from against_lines(plan.trained_on)
     yield from asking_lines(who, roles, plan.asked, config.evaluation)
     for note in plan.notes:
         yield from _note(note)
     if out:
         yield f"{'out':11}{out}"
-        yield from _going_on(plan, config, roles, out)
+        if there := _answers_there(plan, config, roles, out):
+            yield _going_on(there, plan.asked * len(roles) * config.evaluation.samples)
 
 
-def _tell_before(plan: Plan, config: Config, roles: list[str], out: Path) -> None:
+def _tell_before(plan: Plan, config: Config) -> None:
     """What somebody who waits for hours should know now: on standard error, like all that is not the result."""
     from triton_sft_pipeline.evaluation_lines import MOST_SHOWN, touched_lines, unusable_lines
 
@@ -240,46 +257,62 @@ def _tell_before(plan: Plan, config: Config, roles: list[str], out: Path) -> Non
         *unusable_lines(plan.unusable, MOST_SHOWN),
         *touched_lines(plan.touched, MOST_SHOWN),
         *(line for note in plan.notes if note != config.note for line in _note(note)),
-        *_going_on(plan, config, roles, out),
     ):
         click.echo(line, err=True)
 
 
 def _note(text: str) -> Iterator[str]:
-    import textwrap
-
     yield from textwrap.wrap(
         text, 80, initial_indent=f"{'note':11}", subsequent_indent=" " * 11, break_on_hyphens=False
     )
 
 
-def _going_on(plan: Plan, config: Config, roles: list[str], out: Path) -> Iterator[str]:
-    """How many answers an earlier run left."""
-    from triton_sft_pipeline.evaluation.journal import GENERATIONS
+def _answers_there(plan: Plan, config: Config, roles: list[str], out: Path) -> int:
+    """How many answers an earlier run left. Refused is a place where something else was asked."""
+    from triton_sft_pipeline.evaluation.evaluate import answers_there
 
-    path = out / GENERATIONS
-    if there := path.read_bytes().count(b"\n") if path.is_file() else 0:
-        yield f"{'going on':11}{there} of {plan.asked * len(roles) * config.evaluation.samples} answers are there"
+    return answers_there(out, roles, plan.splits, config.evaluation)
 
 
-@contextmanager
+def _going_on(there: int, asked: int) -> str:
+    return f"{'going on':11}{there:,} of {asked:,} answers are there"
+
+
+def _tell_going_on(there: int, asked: int) -> None:
+    from tqdm import tqdm
+
+    # Not click: the bar stands on this line already.
+    tqdm.write(_going_on(there, asked), file=sys.stderr)
+
+
 def _asker(
-    config: Config, adapter: Path | None, server: str | None, models: dict[str, str | None], concurrency: int | None
-) -> Iterator[Asker]:
-    """A model that is loaded here, or a server."""
+    config: Config,
+    adapter: Path | None,
+    server: str | None,
+    models: dict[str, str | None],
+    concurrency: int | None,
+    out: Path,
+    facts: dict[str, Any],
+) -> Asker:
+    """A server, or a model that is loaded here: now, or of a finished evaluation when an answer turns out missing."""
     if server:
         from triton_sft_pipeline.evaluation.server import ServerAsker
 
         named = {role: name for role, name in models.items() if name}
         limit: dict[str, Any] = {"concurrency": concurrency} if concurrency else {}
-        yield ServerAsker(server, named, config.evaluation, **limit)
-        return
+        return ServerAsker(server, named, config.evaluation, **limit)
     from triton_sft_pipeline.evaluation.generation import LocalAsker
+    from triton_sft_pipeline.evaluation.late import LateAsker, recorded_facts
     from triton_sft_pipeline.progress import on_a_terminal
     from triton_sft_pipeline.training.model import load_model_and_tokenizer
 
-    model, tokenizer = load_model_and_tokenizer(config.model, adapter, progress=on_a_terminal())
-    yield LocalAsker(model, tokenizer, config.evaluation, has_adapter=adapter is not None)
+    def load() -> LocalAsker:
+        model, tokenizer = load_model_and_tokenizer(config.model, adapter, progress=on_a_terminal())
+        return LocalAsker(model, tokenizer, config.evaluation, has_adapter=adapter is not None)
+
+    recorded = recorded_facts(out, facts)
+    roles = [role for role, name in models.items() if name is not None]
+    return load() if recorded is None else LateAsker(roles, recorded, load)
 
 
 def _run(asker: Asker, plan: Plan, config: Config, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +333,7 @@ def _run(asker: Asker, plan: Plan, config: Config, out: Path, facts: dict[str, A
             unusable=plan.unusable,
             touched={problem.key: what for problem, what in plan.touched},
             progress=progress,
+            on_going_on=_tell_going_on,
         )
     write_report(report, out)
     return report
@@ -317,6 +351,8 @@ def _facts(config: Config, adapter: Path | None, plan: Plan, location: str) -> d
         "preset": config.preset,
         "base_model": config.model.base_model,
         "base_model_version": base_model_version(config.model.base_model, config.model.revision),
+        # Which base it is stands above; this is how it is loaded.
+        "model_settings": config.model.model_dump(mode="json", exclude={"base_model", "revision"}),
         "problems": location,
         "problems_version": hash_problems([problem for problems in plan.splits.values() for problem in problems]),
         "sampling_seed": config.evaluation.seed,

@@ -63,6 +63,10 @@ def infer(
         raise PipelineError(f"{file.name}: not UTF-8 text ({error}).") from error
     if device and best_of == 1:
         raise click.UsageError("--device is the judge's, and one answer is not judged: add --best-of N.")
+    if best_of > 1:
+        from triton_sft_pipeline.problems.loading import require_problem
+
+        require_problem(pytorch_code, file.name)
     asked: dict[str, Any] = {"best_of": best_of, "temperature": temperature, "device": device}
     if best_of > 1:
         with progress_bar("answers and verdicts") as progress:

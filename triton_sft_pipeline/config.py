@@ -24,7 +24,7 @@ from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.files import hash_json, sha256_file
 from triton_sft_pipeline.problems import Problem, fingerprint, hash_problems
-from triton_sft_pipeline.problems.reading import ProblemSet, read_problems
+from triton_sft_pipeline.problems.reading import ProblemSet, every_problem, read_problems
 from triton_sft_pipeline.storage import Artifact
 from triton_sft_pipeline.traces.settings import FilterSettings
 from triton_sft_pipeline.traces.sources import is_remote
@@ -151,7 +151,7 @@ def traces_location(environ: Mapping[str, str] = os.environ) -> str | Path:
 
 
 def held_out_set(config: Config) -> ProblemSet:
-    """The problems that nothing may be trained on, and what lies beside them that cannot be asked.
+    """The held-out problems that are asked, of the levels that `evaluation.levels` names, and those that cannot be.
 
     Raises:
         PipelineError: there are none where the configuration says.
@@ -160,12 +160,12 @@ def held_out_set(config: Config) -> ProblemSet:
 
 
 def held_out_problems(config: Config) -> list[Problem]:
-    """The problems that nothing may be trained on.
+    """The problems that nothing may be trained on: every one that is held out, whether or not its level is asked.
 
     Raises:
         PipelineError: there are none where the configuration says.
     """
-    return held_out_set(config).problems
+    return every_problem(config.held_out)
 
 
 def held_out_fingerprints(config: Config) -> dict[str, str]:
@@ -178,7 +178,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
     compare.
     """
     asked = held_out_set(config)
-    held_out = hash_problems(asked.problems)
+    held_out = hash_problems(held_out_problems(config))
     base = base_model_version(config.model.base_model, config.model.revision)
     dumped = config.model_dump(mode="json")
     # Where the base lies is no part of what it is: its content is, and that is hashed on its own.
@@ -200,7 +200,7 @@ def dependencies(config: Config) -> dict[str, dict[str, Any]]:
             "model": model,
             "evaluation": dumped["evaluation"],
             "prompt": PROMPT_VERSION,
-            "held_out": held_out,
+            "held_out": hash_problems(asked.problems),
             "unusable": sorted(item.key for item in asked.unusable),
             "judge": JUDGE_VERSION,
             "note": config.note,

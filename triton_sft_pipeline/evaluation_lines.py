@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from triton_sft_pipeline.evaluation.contamination import TrainedOn
     from triton_sft_pipeline.evaluation.infer import Candidate
     from triton_sft_pipeline.evaluation.settings import EvaluationSettings
     from triton_sft_pipeline.problems import Problem, Unusable
@@ -26,7 +27,7 @@ _NAMES = {"seen": "seen", "test": "test", "held_out": "held-out", "touched": "to
 def problem_lines(
     location: str, splits: Mapping[str, Sequence[Problem]], family_of: Callable[[str], str]
 ) -> Iterator[str]:
-    """The problems of each split by level and by operator family, most frequent first."""
+    """The problems of each split by level, where any is known, and by operator family, most frequent first."""
     yield f"{'problems':{_LABEL}}{location}"
     for split, problems in splits.items():
         if not problems:
@@ -36,8 +37,10 @@ def problem_lines(
         by_level = "level " + ", ".join(f"{level}: {count}" for level, count in sorted(levels.items()))
         by_family = ", ".join(f"{name} {count}" for name, count in sorted(families.items(), key=_most_first))
         start = f"  {_NAMES[split]:<{_LABEL - 2}}{len(problems):>5}  "
-        yield from _wrapped(start, by_level)
-        yield from _wrapped(" " * len(start), by_family)
+        if set(levels) != {"unknown"}:
+            yield from _wrapped(start, by_level)
+            start = " " * len(start)
+        yield from _wrapped(start, by_family)
 
 
 def unusable_lines(unusable: Sequence[Unusable], most: int | None = None) -> Iterator[str]:
@@ -53,6 +56,12 @@ def touched_lines(touched: Sequence[tuple[Problem, str]], most: int | None = Non
     if touched:
         yield f"{'touched':{_LABEL}}{len(touched)} by the training data; reported apart"
     yield from _named(((problem.key, what) for problem, what in touched), len(touched), most)
+
+
+def against_lines(trained_on: TrainedOn) -> Iterator[str]:
+    """What the problems were compared with."""
+    known = _count(len(trained_on.problems), "training problem")
+    yield from _wrapped(f"{'against':{_LABEL}}", f"{known} of {trained_on.dataset}")
 
 
 def asking_lines(who: str, models: Sequence[str], problems: int, settings: EvaluationSettings) -> Iterator[str]:
@@ -79,12 +88,12 @@ def asking_lines(who: str, models: Sequence[str], problems: int, settings: Evalu
 
 
 def candidate_lines(candidates: Iterable[Candidate]) -> Iterator[str]:
-    """A table of several answers: verdict, speedup where one was measured, and the judge's sentence."""
+    """A table of several answers, counted from 1: verdict, speedup where one was measured, and the judge's sentence."""
     yield f"{'answer':>6}  {'verdict':<20}{'speedup':>8}  what the judge says"
     for candidate in candidates:
         verdict = candidate.verdict
         speedup = "-" if verdict.speedup is None else f"{verdict.speedup:.2f}"
-        yield from _wrapped(f"{candidate.sample:>6}  {verdict.verdict:<20}{speedup:>8}  ", verdict.detail)
+        yield from _wrapped(f"{candidate.sample + 1:>6}  {verdict.verdict:<20}{speedup:>8}  ", verdict.detail)
 
 
 def chosen_line(chosen: Candidate, of: int) -> str:
@@ -95,7 +104,7 @@ def chosen_line(chosen: Candidate, of: int) -> str:
         speed = f"speedup {verdict.speedup:.2f}"
         if verdict.speedup_low is not None and verdict.speedup_high is not None:
             speed += f" ({verdict.speedup_low:.2f} to {verdict.speedup_high:.2f})"
-    return f"{verdict.verdict}: answer {chosen.sample} of 0 to {of - 1}, {speed}"
+    return f"{verdict.verdict}: answer {chosen.sample + 1} of {of}, {speed}"
 
 
 def _named(items: Iterable[tuple[str, str]], count: int, most: int | None) -> Iterator[str]:

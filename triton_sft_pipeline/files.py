@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever sees half of one, and hashing what was written.
+"""Writing files so that no reader ever sees half of one, keeping others out of one, and hashing what was written.
 
 Everything is built under a temporary name in the directory of its destination and renamed into place. Knows nothing of
 what is in the files.
@@ -6,16 +6,20 @@ what is in the files.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import IOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 TEMPORARY_PREFIX = ".tmp-"
+
+_Open = TypeVar("_Open", bound=IOBase)
 
 
 @contextmanager
@@ -58,6 +62,28 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def locked(file: _Open, in_use: Exception, *, required: bool = True) -> _Open:
+    """An open file that no other process has until this one closes it or ends: `with locked(open(...), ...) as file`.
+
+    The lock goes with the open file, so nothing is left of it after a kill. The file itself is neither written nor
+    removed.
+
+    Args:
+        in_use: what is raised, the file being closed, when another process has it.
+        required: False goes on without a lock where the file system knows none.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise in_use from error
+    except OSError:
+        if required:
+            file.close()
+            raise
+    return file
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

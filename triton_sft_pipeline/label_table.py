@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from triton_sft_pipeline.labels import Judgeable, Judged
+from triton_sft_pipeline.judgeable import Judgeable
+from triton_sft_pipeline.judging import Judged
 from triton_sft_pipeline.verification import VERDICTS, Verdict
 
 WIDTH = 80

@@ -13,7 +13,6 @@ Python. Knows nothing of Dagster or of what is in an artifact.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.files import hash_tree, read_json, write_json
+from triton_sft_pipeline.files import hash_tree, locked, read_json, write_json
 from triton_sft_pipeline.processes import process_stamp
 
 MANIFEST = "artifact.json"
@@ -161,13 +160,8 @@ class ArtifactStore:
         with _failures_explained(self.root):
             path.mkdir(parents=True, exist_ok=True)
             lock = open(path.with_suffix(".lock"), "w", encoding="utf-8")  # noqa: SIM115
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PipelineError(
-                    f"{path}: another run is working on the same {key}; wait for it or cancel it first."
-                ) from error
+        in_use = PipelineError(f"{path}: another run is working on the same {key}; wait for it or cancel it first.")
+        with locked(lock, in_use):
             yield path
 
     def discard_workspace(self, key: str, fingerprint: str) -> None:

@@ -68,6 +68,18 @@ def test_overrides_win_over_what_is_recorded_and_leave_the_rest(recorded: Path) 
         adapter_settings(recorded, {"evaluation.sample": 4})
 
 
+def test_a_recorded_temperature_of_0_counts_as_none_when_several_samples_are_asked_for(own_storage: Path) -> None:
+    config = load_config("trinity-mini", overrides={"evaluation.temperature": 0.0})
+    with ArtifactStore(own_storage).building("lora_adapter") as draft:
+        adapter_of(draft.path, config.model.base_model)
+        draft.promote("v", "c", record={"configuration": config.model_dump(mode="json")})
+    found = adapter_settings(None, {"evaluation.samples": 8})[0].evaluation
+    assert (found.samples, found.temperature, found.resolved_temperature) == (8, None, 0.7)
+    assert adapter_settings(None, {"evaluation.samples": 1})[0].evaluation.temperature == 0.0
+    with pytest.raises(PipelineError, match="several samples at temperature 0"):
+        adapter_settings(None, {"evaluation.samples": 8, "evaluation.temperature": 0.0})
+
+
 @pytest.mark.parametrize(
     ("base", "preset"),
     [("arcee-ai/Trinity-Mini", "trinity-mini"), ("/models/Trinity-Mini", "trinity-mini"), ("a/b", "tiny")],

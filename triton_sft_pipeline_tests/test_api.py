@@ -1,4 +1,4 @@
-"""The functions of the original script, short of training: the walk through all of them is an end-to-end test."""
+"""The functions of the original script and `answer`, short of training: the walk through them is an end-to-end test."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from triton_sft_pipeline.verification.verdict import Verdict
 from triton_sft_pipeline_tests.traces.records import MODULE, labelled, record, write_array
 
 NAMES = [
+    "answer",
     "create_lora_config",
     "create_training_config",
     "inference",
@@ -31,8 +32,10 @@ NAMES = [
     "train",
 ]
 
+PROBLEM = MODULE.format(expression="x + 1")
 
-def test_the_package_offers_exactly_the_functions_of_the_original() -> None:
+
+def test_the_package_offers_the_functions_of_the_original_and_answer() -> None:
     assert triton_sft_pipeline.__all__ == NAMES == dir(triton_sft_pipeline)
     assert all(callable(getattr(triton_sft_pipeline, name)) for name in NAMES)
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
@@ -187,7 +190,7 @@ def test_inference_returns_the_text_of_one_answer_as_it_did(asked: dict[str, Any
 def test_inference_has_the_options_of_the_command(asked: dict[str, Any]) -> None:
     told: list[Any] = []
     options: dict[str, Any] = {"on_text": told.append, "progress": lambda done, total, note="": None}
-    triton_sft_pipeline.inference("", str(asked["adapter"]), best_of=3, temperature=1.1, device="cpu", **options)
+    triton_sft_pipeline.inference(PROBLEM, str(asked["adapter"]), best_of=3, temperature=1.1, device="cpu", **options)
     assert asked["judge"] == ("judge", (asked["settings"], "cpu")) and asked["best_of"] == 3
     assert (asked["settings"].samples, asked["settings"].temperature) == (3, 1.1)
     assert {name: asked[name] for name in options} == options
@@ -197,9 +200,9 @@ def test_inference_fails_when_none_of_several_answers_held_and_answer_says_so(as
     verdicts = [Verdict("0", "unparsed", False, False), Verdict("1", "timeout", False, False)]
     candidates = tuple(Candidate(Completion(0, n, "", 1, 1, "stop", 0.1), None, v) for n, v in enumerate(verdicts))
     asked["found"] = Inference("no", None, None, candidates)
-    with pytest.raises(StepError, match="holds a correct kernel: answer 0 unparsed, answer 1 timeout"):
-        triton_sft_pipeline.inference("", asked["adapter"], best_of=2)
-    assert answer("", asked["adapter"], best_of=2) is asked["found"]
+    with pytest.raises(StepError, match="holds a correct kernel: answer 1 unparsed, answer 2 timeout"):
+        triton_sft_pipeline.inference(PROBLEM, asked["adapter"], best_of=2)
+    assert answer(PROBLEM, asked["adapter"], best_of=2) is asked["found"]
 
 
 def test_one_answer_without_a_kernel_is_returned_as_it_is(asked: dict[str, Any]) -> None:
@@ -211,6 +214,13 @@ def test_code_that_is_no_python_is_refused_before_a_model_is_loaded(asked: dict[
     with pytest.raises(PipelineError, match="the PyTorch code is not valid Python"):
         triton_sft_pipeline.inference("def f(:", asked["adapter"])
     assert "loaded" not in asked
+
+
+def test_several_answers_to_what_is_no_problem_are_refused_before_a_model_is_loaded(asked: dict[str, Any]) -> None:
+    with pytest.raises(PipelineError, match=r"the PyTorch code: no class derives from nn\.Module.*ask for one"):
+        triton_sft_pipeline.answer("x = 1", asked["adapter"], best_of=2)
+    assert "loaded" not in asked
+    assert triton_sft_pipeline.answer("x = 1", asked["adapter"]) is asked["found"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from triton_sft_pipeline.labels import Judgeable, read_judgeable
+from triton_sft_pipeline.judgeable import Judgeable, read_judgeable
 from triton_sft_pipeline.verification import VERDICTS, KernelJudge, Verdict
 from triton_sft_pipeline.verification.gate import inspect_source
 

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -17,34 +17,8 @@ from click.testing import CliRunner
 from triton_sft_pipeline import cli
 from triton_sft_pipeline.config import data_dir
 from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
+from triton_sft_pipeline_tests.commands import Outcome, Run, one_message
 from triton_sft_pipeline_tests.traces.records import labelled, record, write_array
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """The entry point inside this process, working in an empty directory."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["triton-sft", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 def process(*arguments: str | Path, **environment: str) -> Outcome:
@@ -61,12 +35,6 @@ def process(*arguments: str | Path, **environment: str) -> Outcome:
 def traces(tmp_path: Path) -> Path:
     """Twelve good traces and one that is labelled incorrect."""
     return write_array(tmp_path / "t.json", [*(record(n) for n in range(100, 112)), labelled(1, correctness=False)])
-
-
-def one_message(outcome: Outcome) -> str:
-    assert "Traceback" not in outcome.err and "This is a bug" not in outcome.err
-    assert outcome.err.startswith("triton-sft: ") and outcome.err.count("triton-sft: ") == 1
-    return outcome.err
 
 
 COMMANDS = [

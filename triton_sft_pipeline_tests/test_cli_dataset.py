@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from triton_sft_pipeline import cli
 from triton_sft_pipeline.chat.dataset import read_examples
 from triton_sft_pipeline.chat.prompt import assistant_message, user_message
+from triton_sft_pipeline_tests.commands import Outcome, Run, one_message
 from triton_sft_pipeline_tests.evaluation.models import byte_tokenizer
 from triton_sft_pipeline_tests.traces.records import record, write_array
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """The entry point inside this process, working in an empty directory, with a tokenizer of one token a byte."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
+def run(run: Run, tmp_path: Path) -> Run:
+    """The command line with a tokenizer of one token a byte, and a budget."""
     byte_tokenizer().save_pretrained(tmp_path / "base")
 
     def call(*arguments: str | Path, budget: int = 4096) -> Outcome:
         settings = [f"model.base_model={tmp_path / 'base'}", f"training.max_length={budget}"]
         options = [] if "push" in arguments else [part for s in settings for part in ("--set", s)]
-        monkeypatch.setattr(sys, "argv", ["triton-sft", *map(str, arguments), *options])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Outcome(code, *capsys.readouterr())
+        return run(*arguments, *options)
 
     return call
 
@@ -53,12 +33,6 @@ def filtered(run: Run, tmp_path: Path) -> Path:
     traces = write_array(tmp_path / "t.json", [*(record(n) for n in range(100, 112)), bad])
     assert run("filter", traces, "--out", tmp_path / "filtered").code == 0
     return tmp_path / "filtered"
-
-
-def one_message(outcome: Outcome) -> str:
-    assert "Traceback" not in outcome.err and "This is a bug" not in outcome.err
-    assert outcome.err.startswith("triton-sft: ") and outcome.err.count("triton-sft: ") == 1
-    return outcome.err
 
 
 def test_a_dataset_is_built_from_a_filtered_directory_with_its_card(run: Run, filtered: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -258,7 +259,7 @@ def test_an_interrupted_evaluation_exits_130_and_goes_on_where_it_was(
     judged = list(judge.asked)
     model.answers = before
     done = run(*command)
-    assert done.code == 0 and "going on   3 of 4 answers are there" in done.err
+    assert done.code == 0 and "going on   3 of 4 answers are there\n" in done.err
     assert sorted([*judged, *judge.asked[len(judged) :]]) == sorted(["wrong", *["def right(): pass"] * 2])
 
 
@@ -266,8 +267,59 @@ def test_a_run_that_asked_something_else_is_not_gone_on_with(
     run: Run, problems: Path, model: Answering, judge: type[FakeJudge]
 ) -> None:
     assert run("evaluate", "--problems", problems, "--out", "o").code == 0
+    model.loaded.clear()
     done = run("evaluate", "--problems", problems, "--out", "o", "--samples", "2")
     assert done.code == 2 and "settings.samples was 1, is 2" in one_message(done)
+    assert "answers are there" not in done.err and model.loaded == [], "known before a model is loaded"
+    done = run("evaluate", "--problems", problems, "--out", "o", "--samples", "2", "--dry-run")
+    assert done.code == 2 and "settings.samples was 1, is 2" in one_message(done)
+    assert "4: 2 problems, 2 samples" in done.out and "answers are there" not in done.out
+
+
+def test_a_finished_evaluation_writes_its_report_again_without_loading_a_model(
+    run: Run, problems: Path, trained: Path, model: Answering, judge: type[FakeJudge]
+) -> None:
+    command = ["evaluate", "--adapter", trained, "--problems", problems, "--out", "o"]
+    assert run(*command).code == 0
+    first = read_json(Path("o", "report.json"))
+    Path("o", "report.md").unlink()
+    model.loaded.clear()
+    done = run(*command)
+    assert done.code == 0 and "going on   4 of 4 answers are there\n" in done.err and model.loaded == []
+    assert read_json(Path("o", "report.json")) == first and Path("o", "report.md").is_file()
+
+
+def test_an_answer_that_is_missing_from_a_finished_evaluation_is_asked_for(
+    run: Run, problems: Path, trained: Path, model: Answering, judge: type[FakeJudge]
+) -> None:
+    command = ["evaluate", "--adapter", trained, "--problems", problems, "--out", "o"]
+    assert run(*command).code == 0
+    rows = Path("o", "generations.jsonl").read_text().splitlines(keepends=True)
+    Path("o", "generations.jsonl").write_text("".join(rows[:-1]))
+    assert run(*command).code == 0 and len(model.loaded) == 2
+    again = Path("o", "generations.jsonl").read_text().splitlines(keepends=True)
+    assert again[:-1] == rows[:-1] and [json.loads(line)["text"] for line in again[-1:]] == [f"<think>\n{RIGHT}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("adapter_version", "other"),
+        ("base_model_version", "other"),
+        ("model_settings", {}),
+        ("asker", {"asked": "a server"}),
+        ("asker", None),
+    ],
+)
+def test_a_report_of_other_weights_or_of_a_server_does_not_spare_the_loading(
+    run: Run, problems: Path, trained: Path, model: Answering, judge: type[FakeJudge], change: str, value: Any
+) -> None:
+    command = ["evaluate", "--adapter", trained, "--problems", problems, "--out", "o"]
+    assert run(*command).code == 0
+    report = read_json(Path("o", "report.json"))
+    report["provenance"][change] = value
+    write_json(Path("o", "report.json"), report)
+    assert run(*command).code == 0 and len(model.loaded) == 2
 
 
 def test_a_step_that_fails_exits_1(
@@ -293,7 +345,7 @@ def test_a_dry_run_says_what_would_be_asked_of_whom_and_loads_and_writes_nothing
     lines = [line for line in done.out.splitlines() if "/" not in line]
     assert max(map(len, lines)) <= 80
     said = " ".join(done.out.split())
-    assert "held-out 1 level unknown: 1 element-wise 1 touched 1" in said
+    assert "held-out 1 element-wise 1 touched 1" in said and "level" not in said
     assert "unusable 1 invalid 3_broken" in said and "touched 1 by the training data; reported apart 2_softmax" in said
     assert "asked base and tuned" in said and f"with {trained}" in said
     assert f"training problems of {trained / 'dataset'}" in said
@@ -315,6 +367,27 @@ def test_a_dry_run_counts_problems_by_level_and_says_what_is_there_already(
     assert run("evaluate", "--problems", problems, "--levels", "1,2", "--dry-run").out.count("level 1: 1, 2: 1") == 1
 
 
+def test_problems_that_say_no_level_are_asked_beside_the_levels_and_that_is_noted(
+    run: Run, problems: Path, model: Answering, judge: type[FakeJudge]
+) -> None:
+    (problems / "level1").mkdir()
+    (problems / "1_add.py").rename(problems / "level1" / "1_add.py")
+    done = run("evaluate", "--problems", problems, "--levels", "1", "--dry-run")
+    said = " ".join(done.out.split())
+    assert "level 1: 1, unknown: 1" in said and "1 invalid" in said
+    assert "note 1 of 2 problems say no level, and are asked whatever the levels." in said
+
+
+def test_every_line_about_a_long_place_fits_80_columns(tmp_path: Path) -> None:
+    from triton_sft_pipeline.evaluation.contamination import TrainedOn
+    from triton_sft_pipeline.evaluation_lines import against_lines
+
+    place = tmp_path / "a-dataset" / ("of-a-long-name-" * 5)
+    lines = list(against_lines(TrainedOn(place, "ab" * 32, [])))
+    assert max(map(len, lines)) <= 80 and lines[0].startswith("against    0 training problems of")
+    assert "".join("".join(lines).split()).endswith(str(place))
+
+
 def test_an_adapter_without_a_recorded_dataset_is_noted(
     run: Run, problems: Path, trained: Path, model: Answering, judge: type[FakeJudge], tmp_path: Path
 ) -> None:
@@ -322,6 +395,7 @@ def test_an_adapter_without_a_recorded_dataset_is_noted(
     done = run("evaluate", "--adapter", tmp_path / "bare", "--problems", problems, "--dry-run")
     said = " ".join(done.out.split())
     assert "What the tuned model was trained on is not recorded" in said and "held-out 2" in said
+    assert "Name its chat dataset with --trained-on DIR." in said
     named = ["--trained-on", trained / "dataset"]
     done = run("evaluate", "--adapter", tmp_path / "bare", "--problems", problems, "--dry-run", *named)
     assert "not recorded" not in " ".join(done.out.split()) and "touched    1 by" in done.out
@@ -362,7 +436,7 @@ def test_bad_usage_exits_2_and_says_what_belongs_together(
         ("--problems p.py --adapter none", "none: no adapter there"),
         ("--problems p.py --samples 2 --temperature 0", "several samples at temperature 0"),
         ("--problems p.py --preset nothing", "unknown preset 'nothing'"),
-        ("--problems p.py --levels 2", "level 2"),
+        ("--problems p.py --levels 2", "p.py: none of its problems says its level, so --levels cannot choose"),
     ],
 )
 def test_bad_input_exits_2_with_one_message_and_loads_nothing(
@@ -593,12 +667,12 @@ def test_the_best_of_several_is_the_fastest_that_the_judge_verified(
     lines = done.err.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[:3] for line in lines if line[:6].strip().isdigit()] == [
-        ["0", "incorrect_shape", "-"],
-        ["1", "verified", "1.50"],
-        ["2", "verified", "2.50"],
-        ["3", "unparsed", "-"],
+        ["1", "incorrect_shape", "-"],
+        ["2", "verified", "1.50"],
+        ["3", "verified", "2.50"],
+        ["4", "unparsed", "-"],
     ]
-    assert "verified: answer 2 of 0 to 3, speedup 2.50 (2.40 to 2.60)" in lines
+    assert "verified: answer 3 of 4, speedup 2.50 (2.40 to 2.60)" in lines
 
 
 def test_when_none_of_several_holds_the_verdicts_are_shown_and_nothing_is_written(
@@ -618,6 +692,8 @@ def test_when_none_of_several_holds_the_verdicts_are_shown_and_nothing_is_writte
         ("empty.py --adapter none", "none: no adapter there"),
         ("binary.py", "binary.py: not UTF-8 text"),
         ("broken.py", "the PyTorch code is not valid Python"),
+        ("no_problem.py --best-of 2", "no_problem.py: no class derives from nn.Module"),
+        ("broken.py --best-of 2", "broken.py: the PyTorch code is not valid Python"),
         ("empty.py --device cpu", "--device is the judge's"),
         ("empty.py --best-of 0", "--best-of"),
         ("none.py", "none.py"),
@@ -627,6 +703,7 @@ def test_bad_input_to_infer_exits_2(run: Run, model: Answering, arguments: str, 
     Path("empty.py").touch()
     Path("binary.py").write_bytes(b"\xff\xfe")
     Path("broken.py").write_text("def f(:")
+    Path("no_problem.py").write_text("x = 1\n")
     done = run("infer", *arguments.split())
     assert done.code == 2 and said in done.err and "Traceback" not in done.err
     assert model.loaded == []

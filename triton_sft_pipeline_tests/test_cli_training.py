@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from triton_sft_pipeline import cli
 from triton_sft_pipeline.config import data_dir
 from triton_sft_pipeline.files import write_json
+from triton_sft_pipeline_tests.commands import Run
 
 BASE = data_dir() / "tiny_base"
 QUERY = "base_model.model.model.layers.2.self_attn.q_proj"
@@ -32,36 +31,14 @@ def save_adapter(directory: Path, size: float = 0.1) -> Path:
     return directory
 
 
-class Shell:
-    """The entry point inside this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["triton-sft", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = self._capsys.readouterr()
-        return code, printed.out, printed.err
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    return Shell(capsys, monkeypatch)
-
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return save_adapter(tmp_path / "adapter")
 
 
-def test_a_merge_says_what_changed_and_where_it_is(shell: Shell, adapter: Path, tmp_path: Path) -> None:
+def test_a_merge_says_what_changed_and_where_it_is(run: Run, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert shell("merge", "--base", BASE, "--adapter", adapter, "--out", out) == (
+    assert run("merge", "--base", BASE, "--adapter", adapter, "--out", out) == (
         0,
         f"merged   17 of 137 tensors changed\nwritten  {out}\n",
         "",
@@ -69,16 +46,16 @@ def test_a_merge_says_what_changed_and_where_it_is(shell: Shell, adapter: Path, 
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} <= {p.name for p in out.iterdir()}
 
 
-def test_an_adapter_that_adds_nothing_is_told(shell: Shell, tmp_path: Path) -> None:
-    code, out, _ = shell(
+def test_an_adapter_that_adds_nothing_is_told(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(
         "merge", "--base", BASE, "--adapter", save_adapter(tmp_path / "zero", 0.0), "--out", tmp_path / "out"
     )
     assert code == 0
     assert "note     17 of them kept their numbers" in out
 
 
-def test_a_dry_run_lists_what_would_change_and_how_large_it_is(shell: Shell, adapter: Path, tmp_path: Path) -> None:
-    code, out, err = shell("merge", "--base", BASE, "--adapter", adapter, "--out", tmp_path / "out", "--dry-run")
+def test_a_dry_run_lists_what_would_change_and_how_large_it_is(run: Run, adapter: Path, tmp_path: Path) -> None:
+    code, out, err = run("merge", "--base", BASE, "--adapter", adapter, "--out", tmp_path / "out", "--dry-run")
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[:6] == [
@@ -92,10 +69,10 @@ def test_a_dry_run_lists_what_would_change_and_how_large_it_is(shell: Shell, ada
     assert lines[6] == "writes 2.1 MB in 7 files"
     assert lines[7].startswith("free ")
     assert not (tmp_path / "out").exists()
-    assert shell("merge", "--base", BASE, "--adapter", adapter, "--dry-run")[0] == 0
+    assert run("merge", "--base", BASE, "--adapter", adapter, "--dry-run")[0] == 0
 
 
-def test_wrong_calls_end_with_2_and_one_message(shell: Shell, adapter: Path, tmp_path: Path) -> None:
+def test_wrong_calls_end_with_2_and_one_message(run: Run, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("")
     for arguments, message in (
@@ -105,15 +82,15 @@ def test_wrong_calls_end_with_2_and_one_message(shell: Shell, adapter: Path, tmp
         (("--base", BASE, "--adapter", adapter, "--out", tmp_path / "taken", "--dry-run"), "is there already"),
         (("--base", "nobody/nothing", "--adapter", adapter, "--dry-run"), "nor a model in the local cache"),
     ):
-        code, _, err = shell("merge", *arguments)
+        code, _, err = run("merge", *arguments)
         assert code == 2
         assert message in err
         assert "Traceback" not in err and "This is a bug" not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_help_teaches_and_fits_the_screen(shell: Shell) -> None:
-    code, out, _ = shell("merge", "--help")
+def test_the_help_teaches_and_fits_the_screen(run: Run) -> None:
+    code, out, _ = run("merge", "--help")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     for word in ("--dry-run", "vllm serve", "Exit code 0", "merge.json"):

@@ -16,6 +16,8 @@ from triton_sft_pipeline.config import (
     code_versions,
     dependencies,
     held_out_fingerprints,
+    held_out_problems,
+    held_out_set,
     load_config,
     parse_overrides,
     preset_names,
@@ -220,6 +222,22 @@ def test_a_base_model_that_is_no_directory_is_a_name_on_the_hub() -> None:
 
 def test_held_out_problems_are_known_by_what_they_compute() -> None:
     assert held_out_fingerprints(load_config()) == {fingerprint(MODULE.format(expression="(x + 1)")): "one"}
+
+
+def test_levels_choose_what_is_asked_and_never_narrow_what_is_kept_out_of_training(house: Path) -> None:
+    for level, expression in ((1, "x + 2"), (2, "x + 3")):
+        atomic_write_text(house / "data" / "held_out" / f"level{level}" / "a.py", MODULE.format(expression=expression))
+    config = load_config(overrides={"evaluation.levels": [1]})
+    assert set(held_out_fingerprints(config).values()) == {"one", "level1/a", "level2/a"}
+    assert [p.key for p in held_out_problems(config)] == ["one", "level1/a", "level2/a"]
+    asked = held_out_set(config)
+    assert ([p.key for p in asked.problems], asked.unusable) == (["one", "level1/a"], []), "one says no level"
+    assert changed(code_versions(load_config()), code_versions(config)) == {"evaluation_report"}
+
+
+def test_held_out_problems_without_levels_are_asked_whatever_levels_are_set() -> None:
+    asked = held_out_set(load_config(overrides={"evaluation.levels": [3, 4]}))
+    assert ([p.key for p in asked.problems], asked.unusable) == (["one"], [])
 
 
 def test_held_out_problems_that_are_not_there_are_an_error_for_a_person(house: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from triton_sft_pipeline.files import (
     atomic_writer,
     hash_json,
     hash_tree,
+    locked,
     read_json,
     sha256_bytes,
     sha256_file,
@@ -137,3 +139,25 @@ def test_the_hash_of_a_tree_follows_names_and_contents_wherever_it_stands(tmp_pa
         )
         == 4
     )
+
+
+def test_a_locked_file_has_one_owner_until_it_is_closed(tmp_path: Path) -> None:
+    first, second, third = (FileIO(tmp_path / "lock", "w") for _ in range(3))
+    with locked(first, ValueError("in use")):
+        with pytest.raises(ValueError, match="in use"):
+            locked(second, ValueError("in use"))
+        assert second.closed and not first.closed
+    with locked(third, ValueError("in use")):
+        assert first.closed
+
+
+def test_where_no_locks_are_known_only_what_needs_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("triton_sft_pipeline.files.fcntl.flock", unknown)
+    needed, wished = (FileIO(tmp_path / "lock", "w") for _ in range(2))
+    with pytest.raises(OSError, match="No locks available"):
+        locked(needed, ValueError("in use"))
+    with locked(wished, ValueError("in use"), required=False):
+        assert needed.closed and not wished.closed

@@ -81,7 +81,8 @@ def test_no_room_knows_dagster_or_who_calls_it(path: Path) -> None:
     found = imported_by(path)
     assert not any(imported.split(".")[0].startswith("dagster") for imported in found)
     assert rooms_of(found).isdisjoint(
-        {"assets", "checks", "resources", "definitions", "refresh", "automation", "cli", "api", "labels"}
+        {"assets", "checks", "resources", "definitions", "refresh", "automation", "cli", "api"}
+        | {"judgeable", "judging", "labels"}
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from triton_sft_pipeline.judgeable import Judgeable
+from triton_sft_pipeline.judging import Judged
 from triton_sft_pipeline.label_table import MOST_SHOWN, outcome_lines
-from triton_sft_pipeline.labels import Judgeable, Judged
 from triton_sft_pipeline.traces.record import RawRecord
 from triton_sft_pipeline.verification import VERDICTS, Verdict
 from triton_sft_pipeline.verification.verdict import CORRECT

@@ -11,7 +11,8 @@ from triton_sft_pipeline.assets.gates import Gate, enforce, gate_specs, told_pla
 from triton_sft_pipeline.assets.plots import histogram_markdown, table_markdown
 from triton_sft_pipeline.automation import when_stale
 from triton_sft_pipeline.chat.card import CARD_FILE, about
-from triton_sft_pipeline.chat.dataset import ChatDataset, Example, build_dataset, write_dataset
+from triton_sft_pipeline.chat.dataset import build_dataset, write_dataset
+from triton_sft_pipeline.chat.examples import ChatDataset, Example
 from triton_sft_pipeline.chat.prompt import parse_answer, pytorch_code_of
 from triton_sft_pipeline.chat.quality import dataset_faults
 from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter

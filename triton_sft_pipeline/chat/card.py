@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from triton_sft_pipeline.chat.examples import ChatDataset, Example
 from triton_sft_pipeline.chat.settings import Form
 from triton_sft_pipeline.files import read_json
-
-if TYPE_CHECKING:
-    from triton_sft_pipeline.chat.dataset import ChatDataset, Example
 
 CARD_FILE = "README.md"
 _FUNNEL_FILE = "funnel.json"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from triton_sft_pipeline.chat.card import about
-from triton_sft_pipeline.chat.dataset import ChatDataset, build_dataset, write_dataset
+from triton_sft_pipeline.chat.dataset import build_dataset, write_dataset
+from triton_sft_pipeline.chat.examples import ChatDataset
 from triton_sft_pipeline.chat.quality import dataset_faults
 from triton_sft_pipeline.chat.settings import DatasetSettings
 from triton_sft_pipeline.chat.tokens import load_tokenizer, token_counter

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from triton_sft_pipeline.chat.dataset import ChatDataset, format_faults, overlaps
+from triton_sft_pipeline.chat.dataset import format_faults, overlaps
+from triton_sft_pipeline.chat.examples import ChatDataset
 
 
 def dataset_faults(dataset: ChatDataset, budget: int, held_out: Mapping[str, str]) -> dict[str, str]:

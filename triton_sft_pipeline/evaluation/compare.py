@@ -7,6 +7,7 @@ functions that made the reports.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ _MATTERS = {
 
 
 def read_reports(paths: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
-    """Read reports, each under a label of its own: the name of its directory, with parents where names repeat.
+    """Read reports, each under a label of its own: the name of its directory as it was given ("current", not what that
+    links to), with parents where names repeat.
 
     Args:
         paths: report.json files, or the directories that hold one.
@@ -62,11 +64,11 @@ def compare_reports(
     Returns:
         schema_version, first (its label), warnings (what makes the numbers hard to compare, as sentences),
         reports: label -> {"model", "headline", "provenance", "settings"},
-        splits: for each split in which a report has problems
+        splits: for each split in which two reports or more have problems, of those reports
             scores: label -> {"model", "score": Score, "base": Score of the report's base model}, as in the reports;
             paired: label -> {"comparison": Comparison as `scores.compare` gives it, the first report as base,
-                "left_out": [{"key", "reason"}]} for every label but the first. Problems are the same when their PyTorch
-                code is;
+                "left_out": [{"key", "reason"}]} for every label but the first; empty when the first has no problem in
+                this split. Problems are the same when their PyTorch code is;
             problems: [{"key", "family", "level", "cells": {label: {"answers", "verified", "speedups"}}}].
 
     Raises:
@@ -75,15 +77,18 @@ def compare_reports(
     if len(reports) < 2:
         raise PipelineError("a comparison needs two reports or more: name their report.json files")
     first = next(iter(reports))
-    splits = {}
+    splits, absent = {}, []
     for split in SPLITS:
         rows = {label: [r for r in report["problems"] if r["split"] == split] for label, report in reports.items()}
-        if any(rows.values()):
-            splits[split] = _split(split, rows, reports, resamples, seed)
+        there = {label: own for label, own in rows.items() if own}
+        if len(there) > 1:
+            splits[split] = _split(split, there, reports, resamples, seed)
+        if 0 < len(there) < len(reports):
+            absent.append(_only_some(split, list(there), list(reports)))
     return {
         "schema_version": COMPARISON_SCHEMA,
         "first": first,
-        "warnings": [*_warnings(reports), *_nothing_shared(splits, first)],
+        "warnings": [*_warnings(reports), *absent, *_nothing_shared(splits, first)],
         "reports": {
             label: {
                 "model": models_of(report)[-1],
@@ -104,14 +109,19 @@ def _split(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    first, *others = reports
-    models = {label: models_of(report)[-1] for label, report in reports.items()}
+    """One split of the reports that have rows in it."""
+    first = next(iter(reports))
+    models = {label: models_of(reports[label])[-1] for label in rows}
     scores = {
-        label: {"model": models[label], "score": report[models[label]][split], "base": report["base"][split]}
-        for label, report in reports.items()
+        label: {
+            "model": models[label],
+            "score": reports[label][models[label]][split],
+            "base": reports[label]["base"][split],
+        }
+        for label in rows
     }
     paired = {}
-    for label in others:
+    for label in [label for label in rows if label != first] if first in rows else []:
         pairs = _pairs(rows[first], rows[label])
         found = compare(
             [outcomes(mine[models[first]]) for mine, _ in pairs],
@@ -199,6 +209,16 @@ def _warnings(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"Only a base model was asked in {', '.join(alone)}; the others count their tuned model."
 
 
+def _only_some(split: str, there: Sequence[str], labels: Sequence[str]) -> str:
+    """That not all reports have problems in a split."""
+    name = SPLITS[split][0]
+    if len(there) == 1:
+        return f"{name}: only {there[0]} has any, so there is nothing to compare and no table of them."
+    missing = " and ".join(label for label in labels if label not in there)
+    alone = "" if labels[0] in there else f" Nothing is paired, because {labels[0]} is what the others are paired with."
+    return f"{name}: {missing} {'has' if len(labels) - len(there) == 1 else 'have'} none.{alone}"
+
+
 def _nothing_shared(splits: Mapping[str, Mapping[str, Any]], first: str) -> Iterator[str]:
     for split, found in splits.items():
         for label, own in found["paired"].items():
@@ -258,7 +278,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _labels(files: Sequence[Path]) -> list[str]:
     """The shortest ends of the directories' paths that differ; with the files' names where a directory repeats."""
-    parts = [file.resolve().parent.parts[1:] or ("report",) for file in files]
+    # Not resolved: a link such as "current" is what a person knows the report by.
+    parts = [Path(os.path.normpath(file.absolute())).parent.parts[1:] or ("report",) for file in files]
     if len(set(parts)) < len(parts):
         parts = [(*own, file.stem) for own, file in zip(parts, files, strict=True)]
     for length in range(1, max(map(len, parts), default=0) + 1):

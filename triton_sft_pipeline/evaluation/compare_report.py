@@ -113,9 +113,10 @@ def _markdown_tables(found: Mapping[str, Any], first: str) -> Iterator[tuple[str
                 " ".join(left_out_texts(own["left_out"])) or "none",
             ]
         )
-    header = ["report", *_MEASURES, "both", "it alone", "first alone", "neither", "exact McNemar p", "left out"]
-    about = f"Less {markdown_cell(first)}, on the problems that both have; both to p: first answers alone."
-    yield "differences", about, markdown_table(header, rows)
+    if rows:
+        header = ["report", *_MEASURES, "both", "it alone", "first alone", "neither", "exact McNemar p", "left out"]
+        about = f"Less {markdown_cell(first)}, on the problems that both have; both to p: first answers alone."
+        yield "differences", about, markdown_table(header, rows)
     labels = list(found["scores"])
     rows = [[f"`{row['key']}`", *(cell_text(row["cells"].get(label)) for label in labels)] for row in found["problems"]]
     yield "problems", "Verified answers of all, and the best speedup.", markdown_table(["problem", *labels], rows)

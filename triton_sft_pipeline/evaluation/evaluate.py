@@ -7,8 +7,7 @@ alone; this room counts.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from triton_sft_pipeline.chat.prompt import PROMPT_VERSION, parse_answer, user_message
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.evaluation.generation import Asker, Completion, Request
-from triton_sft_pipeline.evaluation.journal import Journal, open_run
+from triton_sft_pipeline.evaluation.journal import Journal, open_run, rows_of_same_run
+from triton_sft_pipeline.evaluation.judged import JudgedAnswer, Question
+from triton_sft_pipeline.evaluation.meter import Meter
 from triton_sft_pipeline.evaluation.sampling import request_seed
 from triton_sft_pipeline.evaluation.scores import UNPARSED
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
-from triton_sft_pipeline.evaluation.summary import SPLITS, JudgedAnswer, Question, summarise
+from triton_sft_pipeline.evaluation.summary import SPLITS, summarise
 from triton_sft_pipeline.files import hash_json
 from triton_sft_pipeline.problems import Problem
 from triton_sft_pipeline.progress import Progress
@@ -63,6 +64,7 @@ def evaluate(
     unusable: Sequence[Unusable] = (),
     touched: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    on_going_on: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the base model and, with an adapter, the tuned one on the same problems.
 
@@ -84,6 +86,8 @@ def evaluate(
             counts as "touched".
         progress: called with (steps done, steps in all, note); first with what earlier runs have done. An answer is two
             steps, one to generate it and one to judge it.
+        on_going_on: called with (answers that earlier runs left, answers in all) when there are some and it is known
+            that they are answers to the same.
 
     Returns:
         The report as `summary.summarise` describes it.
@@ -106,7 +110,9 @@ def evaluate(
         ]
         known = [place for place in wanted if place in completions]
         judged = [place for place in known if _judgement_key(place, questions, completions[place]) in verdicts]
-        meter = _Meter(len(wanted), len(known), len(judged), progress)
+        if known and on_going_on:
+            on_going_on(len(known), len(wanted))
+        meter = Meter(len(wanted), len(known), len(judged), progress)
         for name in models:
             missing = [place for place in wanted if place[0] == name and place not in completions]
             completions |= _ask(asker, name, missing, questions, settings, run.generations, meter)
@@ -115,6 +121,26 @@ def evaluate(
         found = _judge_all(judge, questions, answers, verdicts, run.verdicts, meter)
     about = {**provenance, "asker": asker.facts()}
     return summarise(found, settings, about, notes, unusable=unusable, touched=touched or {})
+
+
+def answers_there(
+    out_dir: Path,
+    models: Sequence[str],
+    splits: Mapping[str, Sequence[Problem]],
+    settings: EvaluationSettings,
+    touched: Mapping[str, str] | None = None,
+) -> int:
+    """How many answers an earlier run of the same evaluation left, as far as that can be told before any model is
+    there: who answers and on what judge, `evaluate` itself compares.
+
+    Args:
+        out_dir, splits, settings, touched: as for `evaluate`.
+        models: those that will be asked.
+
+    Raises:
+        PipelineError: something else was asked there.
+    """
+    return rows_of_same_run(out_dir, _asked(models, _questions(splits, settings, touched or {})[0], settings))
 
 
 def sample_seen(problems: Sequence[Problem], most: int) -> list[Problem]:
@@ -150,14 +176,21 @@ def _identity(
 ) -> dict[str, Any]:
     """What is asked of whom, by which a run that goes on is known to be the same."""
     return {
-        "models": list(asker.models),
+        **_asked(asker.models, questions, settings),
         "asker": _lasting(asker.facts()),
+        "judge": {"version": JUDGE_VERSION, "backend": getattr(judge, "backend", None)},
+    }
+
+
+def _asked(models: Sequence[str], questions: Sequence[Question], settings: EvaluationSettings) -> dict[str, Any]:
+    """The part of the identity that is known before model and judge are there."""
+    return {
+        "models": list(models),
         "settings": {
             **{k: v for k, v in settings.model_dump(mode="json").items() if k not in _INCIDENTAL_SETTINGS},
             "temperature": settings.resolved_temperature,
         },
         "prompt_version": PROMPT_VERSION,
-        "judge": {"version": JUDGE_VERSION, "backend": getattr(judge, "backend", None)},
         "questions": {f"{q.split}/{q.problem.key}/{_place(q.split, q.problem)[2]}": "asked" for q in questions},
     }
 
@@ -222,7 +255,7 @@ def _ask(
     questions: Sequence[Question],
     settings: EvaluationSettings,
     journal: Journal,
-    meter: _Meter,
+    meter: Meter,
 ) -> dict[Place, Completion]:
     """The answers of one model that are not there yet, each on disk the moment it exists."""
     found: dict[Place, Completion] = {}
@@ -268,7 +301,7 @@ def _judge_all(
     answers: Mapping[Place, Completion],
     known: Mapping[tuple[str, ...], Verdict],
     journal: Journal,
-    meter: _Meter,
+    meter: Meter,
 ) -> list[JudgedAnswer]:
     """Judge the answers of all models in one go, so that no worker of the judge waits; in the order of the answers."""
     found: dict[Place, JudgedAnswer] = {}
@@ -326,56 +359,3 @@ def unparsed(key: str, completion: Completion) -> Verdict:
         isolation="",
         detail=detail,
     )
-
-
-class _Meter:
-    """Counts steps, and says how fast they come and when the last of their kind will be there.
-
-    Args:
-        answers: answers in all; each is two steps.
-        generated, judged: what earlier runs have done. Rates are this run's alone.
-        progress: is told.
-    """
-
-    def __init__(self, answers: int, generated: int, judged: int, progress: Progress | None) -> None:
-        self._total, self._done = 2 * answers, generated + judged
-        self._to_ask, self._to_judge = answers - generated, answers - judged
-        self._asked = self._judged = self._tokens = 0
-        self._progress = progress
-        self._began = time.monotonic()
-        self._tell("")
-
-    def generated(self, tokens: int) -> None:
-        """One answer more, of so many tokens."""
-        self._asked += 1
-        self._tokens += tokens
-        seconds = self._seconds()
-        left = _clock(seconds / self._asked * (self._to_ask - self._asked))
-        self._step(f"{self._tokens / seconds:.0f} tokens/s, {left} of asking left")
-
-    def judging(self) -> None:
-        """From here on verdicts are timed."""
-        self._began = time.monotonic()
-
-    def judged(self) -> None:
-        """One verdict more."""
-        self._judged += 1
-        rate = self._judged / self._seconds()
-        self._step(f"{rate:.1f} verdicts/s, {_clock((self._to_judge - self._judged) / rate)} left")
-
-    def _seconds(self) -> float:
-        return max(time.monotonic() - self._began, 1e-6)
-
-    def _step(self, note: str) -> None:
-        self._done += 1
-        self._tell(note)
-
-    def _tell(self, note: str) -> None:
-        if self._progress:
-            self._progress(self._done, self._total, note)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

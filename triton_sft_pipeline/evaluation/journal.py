@@ -6,17 +6,16 @@ by line. Knows nothing of what is in a row.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.files import json_bytes, read_json, write_json
+from triton_sft_pipeline.files import json_bytes, locked, read_json, write_json
 
 RUN, GENERATIONS, VERDICTS = "run.json", "generations.jsonl", "verdicts.jsonl"
 _NAMED = 3
@@ -42,8 +41,10 @@ class Journal:
             self._stream = FileIO(path, "a+")
         except OSError as error:
             raise PipelineError(f"{path}: cannot be written ({error.strerror}). Give --out another place.") from error
+        in_use = PipelineError(f"{path}: another run is writing there. Wait for it, or give --out another name.")
         try:
-            self._lock()
+            # Not every file system knows locks.
+            locked(self._stream, in_use, required=False)
             self.rows = self._read()
         except BaseException:
             self._stream.close()
@@ -68,16 +69,6 @@ class Journal:
     def close(self) -> None:
         """Close the file and let other processes have it."""
         self._stream.close()
-
-    def _lock(self) -> None:
-        # Not every file system knows locks.
-        with suppress(OSError):
-            try:
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PipelineError(
-                    f"{self.path}: another run is writing there. Wait for it, or give --out another name."
-                ) from error
 
     def _read(self) -> list[dict[str, Any]]:
         self._stream.seek(0)
@@ -139,6 +130,22 @@ def open_run(directory: Path, identity: Mapping[str, Any]) -> Iterator[Run]:
             journal.close()
 
 
+def rows_of_same_run(directory: Path, asked: Mapping[str, Any]) -> int:
+    """How many generations lie in `directory`; nothing is written.
+
+    Args:
+        asked: those entries of `open_run`'s identity that are known yet; the others are not compared.
+
+    Raises:
+        PipelineError: what is there was asked something else, or nobody knows what.
+    """
+    path = directory / GENERATIONS
+    rows = path.read_bytes().count(b"\n") if path.is_file() else 0
+    if rows:
+        _refuse_another(directory / RUN, asked, set(asked))
+    return rows
+
+
 def _check_identity(path: Path, identity: Mapping[str, Any], is_new: bool) -> None:
     if is_new:
         try:
@@ -146,9 +153,15 @@ def _check_identity(path: Path, identity: Mapping[str, Any], is_new: bool) -> No
         except OSError as error:
             raise StepError(f"{path}: {error.strerror}.") from error
         return
+    _refuse_another(path, identity)
+
+
+def _refuse_another(path: Path, identity: Mapping[str, Any], compared: set[str] | None = None) -> None:
+    """Compare with what `run.json` says, in these entries or in all."""
     try:
-        earlier = _flat(read_json(path))
-    except (OSError, ValueError) as error:
+        recorded = read_json(path)
+        earlier = _flat({k: v for k, v in recorded.items() if compared is None or k in compared})
+    except (OSError, ValueError, AttributeError) as error:
         raise PipelineError(
             f"{path}: cannot be read, but answers lie beside it: what was asked is not known. Give --out another name."
         ) from error

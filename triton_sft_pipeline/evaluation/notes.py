@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from triton_sft_pipeline.evaluation.judged import JudgedAnswer
 from triton_sft_pipeline.evaluation.scores import UNPARSED
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.verification.verdict import UNJUDGED
-
-if TYPE_CHECKING:
-    from triton_sft_pipeline.evaluation.summary import JudgedAnswer
 
 SPLIT_NAMES = {"seen": "seen", "test": "test", "held_out": "held-out", "touched": "touched"}
 
@@ -114,10 +112,10 @@ def _bootstrap_notes(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -
         )
     sizes = Counter(row["split"] for row in rows)
     if few := [SPLIT_NAMES[split] for split in SPLIT_NAMES if 0 < sizes[split] < FEW_PROBLEMS]:
+        each = f"are fewer than {FEW_PROBLEMS} each" if len(few) > 1 else f"are fewer than {FEW_PROBLEMS}"
         yield (
-            f"Of these there are fewer than {FEW_PROBLEMS} problems: {', '.join(few)}. Bootstrap intervals "
-            "(differences, speedups, tokens) of so few are too short: in simulations with 5 to 20 problems, 86 to 94 % "
-            "of them held the truth instead of 95 %."
+            f"The {_and(few)} problems {each}. Bootstrap intervals (differences, speedups, tokens) of so few are too "
+            "short: in simulations with 5 to 20 problems, 86 to 94 % of them held the truth instead of 95 %."
         )
 
 
@@ -176,6 +174,11 @@ def _are(count: int) -> str:
 
 def _were(count: int) -> str:
     return "was" if count == 1 else "were"
+
+
+def _and(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _listed(named: Sequence[str]) -> str:

@@ -250,6 +250,8 @@ def _markdown_sections(
         yield "fast_p", "Correct and more than p times as fast as PyTorch.", _markdown_curve(rows)
     for split, groups in report["groups"].items():
         for name in ("family", "level"):
+            if list(groups[name]) == ["unknown"]:
+                continue
             table = [
                 [group, model, share_text(of[model]["fast_0"]), share_text(of[model]["fast_1"])]
                 for group, of in groups[name].items()

@@ -5,12 +5,13 @@ everything came from.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triton_sft_pipeline.chat.dataset import Example, read_examples
+from triton_sft_pipeline.chat.dataset import read_examples
+from triton_sft_pipeline.chat.examples import Example
 from triton_sft_pipeline.chat.prompt import pytorch_code_of
 from triton_sft_pipeline.evaluation.evaluate import Judge, evaluate
 from triton_sft_pipeline.evaluation.generation import Asker
@@ -67,6 +68,7 @@ def evaluate_splits(
     unusable: Sequence[Unusable] = (),
     touched: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    on_going_on: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """`evaluate` with the provenance filled in."""
     return evaluate(
@@ -79,6 +81,7 @@ def evaluate_splits(
         unusable=unusable,
         touched=touched,
         progress=progress,
+        on_going_on=on_going_on,
     )
 
 

@@ -29,7 +29,10 @@ class EvaluationSettings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of the sampling; each answer's own is made of it.")
     levels: tuple[int, ...] | None = Field(
-        None, description="Levels of KernelBench that are asked. Nothing means 3 and 4 of the Hub's, all of a folder's."
+        None,
+        description="Levels of KernelBench that are asked; problems that say no level are asked in any case. Nothing "
+        "means 3 and 4 of KernelBench as a whole, from the Hub or from a local copy, and all of anything else. What is "
+        "held out of training is not narrowed by it.",
     )
     bootstrap_resamples: int = Field(
         10_000, ge=1, description="Resamples of the problems behind an interval of a difference or of a mean."

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from triton_sft_pipeline.chat.prompt import Answer
 from triton_sft_pipeline.evaluation.generation import Completion
+from triton_sft_pipeline.evaluation.judged import JudgedAnswer
 from triton_sft_pipeline.evaluation.notes import SPLIT_NAMES, notes_on, span
 from triton_sft_pipeline.evaluation.scores import UNPARSED, Outcome, compare, outcomes, score
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.files import hash_json
-from triton_sft_pipeline.problems import Problem, Unusable, family_of
+from triton_sft_pipeline.problems import Unusable, family_of
 from triton_sft_pipeline.verification.verdict import Verdict
 
 SCHEMA_VERSION = 2
@@ -31,25 +30,6 @@ _SPEED = (
     *("speedup", "speedup_low", "speedup_high", "compile_speedup", "graph_speedup", "launch_bound"),
     *("reference_time_ms", "reference_iqr_ms", "kernel_time_ms", "kernel_iqr_ms"),
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """A problem, and the split that it is asked for."""
-
-    split: str
-    problem: Problem
-
-
-@dataclass(frozen=True)
-class JudgedAnswer:
-    """One answer of one model to one question, with what became of it."""
-
-    model: str
-    question: Question
-    completion: Completion
-    answer: Answer
-    verdict: Verdict
 
 
 def summarise(

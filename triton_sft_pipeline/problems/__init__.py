@@ -8,7 +8,7 @@ to download (`weights`). Importing this package imports no heavy library.
 from triton_sft_pipeline.problems.families import FAMILIES, family_of
 from triton_sft_pipeline.problems.fingerprints import fingerprint, hash_problems
 from triton_sft_pipeline.problems.loading import Problem, load_problems
-from triton_sft_pipeline.problems.reading import KERNELBENCH_LEVELS, ProblemSet, Unusable, read_problems
+from triton_sft_pipeline.problems.reading import KERNELBENCH_LEVELS, ProblemSet, Unusable, every_problem, read_problems
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +16,7 @@ __all__ = [
     "Problem",
     "ProblemSet",
     "Unusable",
+    "every_problem",
     "family_of",
     "fingerprint",
     "hash_problems",

@@ -116,6 +116,21 @@ def fault_of(code: str) -> str | None:
     return None
 
 
+def require_problem(code: str, named: str = "the PyTorch code") -> None:
+    """Refuse code that no kernel could be judged against, before anybody is asked for one.
+
+    Args:
+        named: how a person knows the code, such as its file.
+
+    Raises:
+        PipelineError: it is no problem; with what is missing.
+    """
+    if fault := fault_of(code):
+        raise PipelineError(
+            f"{named}: {fault}. Several answers are judged against it: complete it, or ask for one, which is not."
+        )
+
+
 def parse_module(code: str) -> ast.Module:
     """The syntax tree of a problem. What Python thinks of its style (`"\\d"` in a plain string) is nobody's business.
 

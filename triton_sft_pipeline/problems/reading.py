@@ -58,7 +58,8 @@ def read_problems(location: str | Path, levels: Sequence[int] | None = None) -> 
             level, name and problem_id; `hf://owner/name[@revision][/path]`, downloaded once and then read from the
             Hub's local cache; or a local copy of KernelBench: its dataset (data/level_*.parquet) or its repository
             (KernelBench/level1/...).
-        levels: read these alone. Default: all; of KernelBench as a whole, from the Hub or from a copy, 3 and 4.
+        levels: of the problems that say their level, read these alone; those that say none are read whatever is asked
+            for. Default: all; of KernelBench as a whole, from the Hub or from a copy, 3 and 4.
 
     Returns:
         Problems with unique keys ("level3/23_Name" where they come by level). Those that need weights from the Hub
@@ -69,16 +70,39 @@ def read_problems(location: str | Path, levels: Sequence[int] | None = None) -> 
             reached and its cache does not hold the dataset.
     """
     place = str(location)
-    entries, is_kernelbench = _hub_entries(place) if hub.is_hub(place) else _local_entries(Path(location))
+    entries, is_kernelbench = _entries(location)
     wanted = tuple(levels) if levels is not None else KERNELBENCH_LEVELS if is_kernelbench else None
-    found = _sorted_out(_of_levels(entries, wanted, place), wanted)
+    found = _sorted_out(_of_levels(entries, wanted, place))
     if not found.problems and all(item.kind == "invalid" for item in found.unusable):
-        first = "; ".join(f"{item.place}: {item.reason}" for item in found.unusable[:_NAMED])
-        more = len(found.unusable) - _NAMED
-        raise PipelineError(
-            f"{place} holds no problem that can be asked. {first}{f' ({more} more)' if more > 0 else ''}"
-        )
+        raise _none_there(place, [f"{item.place}: {item.reason}" for item in found.unusable])
     return found
+
+
+def every_problem(location: str | Path) -> list[Problem]:
+    """All problems of a location, of every level, also those that cannot be asked here for want of weights: what must
+    be known to keep them out of training. Places are as for `read_problems`.
+
+    Raises:
+        PipelineError: nothing is there, or everything there is invalid; or the Hub cannot be reached and its cache does
+            not hold the dataset.
+    """
+    found = list(judged(_entries(location)[0]))
+    problems = [problem_of(entry) for entry, fault in found if fault is None]
+    if not problems:
+        raise _none_there(str(location), [f"{entry.place}: {_sentence(fault or '')}" for entry, fault in found])
+    return problems
+
+
+def _none_there(place: str, reasons: Sequence[str]) -> PipelineError:
+    more = len(reasons) - _NAMED
+    first = "; ".join(reasons[:_NAMED])
+    return PipelineError(f"{place} holds no problem that can be asked. {first}{f' ({more} more)' if more > 0 else ''}")
+
+
+def _entries(location: str | Path) -> tuple[list[Entry], bool]:
+    """What lies there, and whether it is KernelBench as a whole."""
+    place = str(location)
+    return _hub_entries(place) if hub.is_hub(place) else _local_entries(Path(location))
 
 
 def _hub_entries(place: str) -> tuple[list[Entry], bool]:
@@ -100,24 +124,23 @@ def _local_entries(path: Path) -> tuple[list[Entry], bool]:
 
 
 def _of_levels(entries: list[Entry], wanted: tuple[int, ...] | None, place: str) -> list[Entry]:
-    """The entries of these levels, and those whose level nobody knows."""
+    """The entries of these levels, and those that say none: other problems than KernelBench's have none to be chosen
+    by.
+    """
     if wanted is None:
         return entries
-    kept = [entry for entry in entries if entry.level is None or entry.level in wanted]
-    if all(entry.level is None for entry in kept):
-        there = sorted({entry.level for entry in entries if entry.level is not None})
-        has = f"it has {', '.join(map(str, there))}" if there else "none of its problems says its level"
-        raise PipelineError(f"{place} has no problem of level {_listed(wanted)}: {has}. Name others with --levels.")
-    return kept
+    there = {entry.level for entry in entries if entry.level is not None}
+    if there and there.isdisjoint(wanted):
+        has, asked = ", ".join(map(str, sorted(there))), " or ".join(map(str, wanted))
+        raise PipelineError(f"{place} has no problem of level {asked}: it has {has}. Name others with --levels.")
+    return [entry for entry in entries if entry.level is None or entry.level in wanted]
 
 
-def _sorted_out(entries: list[Entry], wanted: tuple[int, ...] | None) -> ProblemSet:
+def _sorted_out(entries: list[Entry]) -> ProblemSet:
     problems, unusable = [], []
     for entry, fault in judged(entries):
-        if fault is None and wanted is not None and entry.level is None:
-            fault = f"its level is not known, and level {_listed(wanted)} is asked for; give it a `level`"
         if fault is not None:
-            unusable.append(Unusable(entry.key, entry.place, "invalid", f"{fault[0].upper()}{fault[1:]}."))
+            unusable.append(Unusable(entry.key, entry.place, "invalid", _sentence(fault)))
         elif missing := missing_weights(entry.code or ""):
             unusable.append(Unusable(entry.key, entry.place, "unsupported", missing))
         else:
@@ -125,5 +148,5 @@ def _sorted_out(entries: list[Entry], wanted: tuple[int, ...] | None) -> Problem
     return ProblemSet(problems, unusable)
 
 
-def _listed(levels: tuple[int, ...]) -> str:
-    return " or ".join(map(str, levels))
+def _sentence(fault: str) -> str:
+    return f"{fault[:1].upper()}{fault[1:]}."

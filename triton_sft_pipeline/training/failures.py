@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.errors import StepError
+from triton_sft_pipeline.training.memory import GIB, advice, device_name
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -49,22 +50,9 @@ def _smaller_preset(base: Any) -> str:
     """Which preset needs less than what was in use when no more could be had."""
     import torch
 
-    # Here, because memory.py names the device in the same way.
-    from triton_sft_pipeline.training.memory import GIB, advice
-
     if base is None or not (used := torch.cuda.max_memory_allocated()):
         return ""
     return f" {used / GIB:.1f} GiB were in use. {advice(base.name_or_path, base, used)}"
-
-
-def device_name() -> str:
-    """The device at hand and how much memory it has, for messages."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "the CPU"
-    properties = torch.cuda.get_device_properties(0)
-    return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
 
 
 def _disk_is_full(error: Exception, directory: Path) -> bool:

@@ -26,9 +26,9 @@ from triton_sft_pipeline.processes import process_is_alive, process_stamp
 from triton_sft_pipeline.progress import progress_bar
 from triton_sft_pipeline.training.config import accumulation_steps_each
 from triton_sft_pipeline.training.interrupts import DeferredInterrupts
+from triton_sft_pipeline.training.job import EVENTS, JOB, MODULE, RESULT, STOP
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 from triton_sft_pipeline.training.trainer import OnLog, TrainingRun
-from triton_sft_pipeline.training.worker import EVENTS, JOB, MODULE, RESULT, STOP
 
 LOG = "workers.log"
 """What the processes printed, kept in the output directory when they failed without a reason of their own."""

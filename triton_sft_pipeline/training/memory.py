@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from triton_sft_pipeline.errors import StepError
 from triton_sft_pipeline.training.activations import Activations
 from triton_sft_pipeline.training.experts.layouts import NOT_QUANTISED, empty_model
-from triton_sft_pipeline.training.failures import device_name
 from triton_sft_pipeline.training.settings import LoraSettings, ModelSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -198,6 +197,16 @@ def require_memory(
         f"{what} {model.base_model} with these settings needs {_gib(needed.total)} GiB of GPU memory, and "
         f"{device_name()} has {_gib(free)} GiB free. In GiB: {parts}. {advice(model.base_model, config, free)}"
     )
+
+
+def device_name() -> str:
+    """The device at hand and how much memory it has, for messages."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "the CPU"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name} ({properties.total_memory / GIB:.0f} GiB)"
 
 
 def free_memory() -> int:

@@ -12,7 +12,6 @@ Nothing appears at the destination before all of it is written.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.files import hash_json, read_json, sha256_file, write_json
+from triton_sft_pipeline.files import hash_json, locked, read_json, sha256_file, write_json
 from triton_sft_pipeline.training.shards import INDEX, WHOLE, Rewritten, Shard, read_shard, read_shards, rewrite
 from triton_sft_pipeline.training.updates import AdapterFactors, Update, find_updates
 
@@ -313,7 +312,7 @@ def _published(out: Path) -> Iterator[Path]:
     building = out.with_name(f".{out.name}.merging")
     with _disk_explained(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out.with_name(f".{out.name}.merge.lock"), out):
+        with _alone(out.with_name(f".{out.name}.merge.lock"), out):
             # Another merge may have finished between the first look and the lock.
             require_free(out)
             shutil.rmtree(building, ignore_errors=True)
@@ -336,15 +335,10 @@ def _rename(building: Path, out: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def _alone(path: Path, out: Path) -> Iterator[None]:
+    in_use = PipelineError(f"{out}: another merge is writing it; wait for it or choose another --out.")
     while True:
-        with open(path, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PipelineError(
-                    f"{out}: another merge is writing it; wait for it or choose another --out."
-                ) from error
+        with locked(open(path, "w", encoding="utf-8"), in_use) as lock:
             if not _is_same_file(lock.fileno(), path):
                 continue  # Its last owner removed it between the two calls.
             try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.training.experts.layouts import NOT_QUANTISED, ExpertLayout, known_layout
-from triton_sft_pipeline.training.failures import device_name
+from triton_sft_pipeline.training.memory import device_name
 from triton_sft_pipeline.training.progress import library_bars
 from triton_sft_pipeline.training.settings import ModelSettings
 

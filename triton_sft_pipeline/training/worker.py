@@ -3,9 +3,7 @@
     python -m triton_sft_pipeline.training.worker agent JOB     starts the workers with torchrun and says how they ended
     python -m triton_sft_pipeline.training.worker work JOB      one of them, with torchrun's environment variables
 
-JOB is a directory that `launch` makes: job.json says what to train, events.jsonl takes what is told on the way (one
-JSON object a line, from any of the processes), result.json what came out, and a file named `stop` asks for an end after
-the current step.
+JOB is a directory that `launch` makes; what lies in it says `job`.
 """
 
 from __future__ import annotations
@@ -22,10 +20,8 @@ from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.files import read_json, write_json
+from triton_sft_pipeline.training.job import EVENTS, JOB, MODULE, RESULT, STOP
 
-JOB, EVENTS, RESULT, STOP = "job.json", "events.jsonl", "result.json", "stop"
-
-MODULE = "triton_sft_pipeline.training.worker"
 LOOK_S = 0.5
 """Seconds between two looks at whether the parent is still there."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from triton_sft_pipeline.chat.dataset import ChatDataset, Example, Messages, build_dataset
+from triton_sft_pipeline.chat.dataset import Messages, build_dataset
+from triton_sft_pipeline.chat.examples import ChatDataset, Example
 from triton_sft_pipeline.traces.record import RawRecord, Trace, parse_record
 from triton_sft_pipeline_tests.traces.records import record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triton_sft_pipeline.chat.dataset import ChatDataset
+from triton_sft_pipeline.chat.examples import ChatDataset
 from triton_sft_pipeline.chat.quality import dataset_faults
 from triton_sft_pipeline_tests.chat.examples import built, example, trace
 

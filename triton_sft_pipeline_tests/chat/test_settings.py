@@ -14,7 +14,7 @@ def test_by_default_a_row_is_a_prompt_and_its_completion() -> None:
 
 
 def test_several_answers_need_the_form_that_has_room_for_them() -> None:
-    with pytest.raises(PipelineError, match="dataset: value error, multi_turn needs form: messages"):
+    with pytest.raises(PipelineError, match="dataset: multi_turn needs form: messages"):
         load_config(overrides={"dataset.multi_turn": True})
     assert load_config(overrides={"dataset.multi_turn": True, "dataset.form": "messages"}).dataset.multi_turn
 

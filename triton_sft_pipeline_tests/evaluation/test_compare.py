@@ -131,6 +131,33 @@ def test_nothing_in_common_is_said_and_drawn() -> None:
     assert "A has no such problem" in comparison_markdown(found)
 
 
+def test_a_split_that_one_report_alone_has_costs_a_line_and_no_table() -> None:
+    both, one = row("a", 1, True), row("s", 2, True, split="seen")
+    found = compare_reports({"A": report([both, one]), "B": report([both])}, resamples=50)
+    assert list(found["splits"]) == ["held_out"]
+    assert found["warnings"] == ["Seen problems: only A has any, so there is nothing to compare and no table of them."]
+    lines = comparison_lines(found)
+    assert sum("Seen problems" in line for line in lines) == 1 and comparison_markdown(found).count("Seen") == 1
+    assert_self_contained(comparison_html(found))
+
+
+def test_a_report_without_problems_of_a_split_is_in_no_table_of_it() -> None:
+    both, seen = row("a", 1, True), row("s", 2, True, split="seen")
+    reports = {"A": report([both, seen]), "B": report([both]), "C": report([both, seen])}
+    found = compare_reports(reports, resamples=50)
+    assert list(found["splits"]["seen"]["scores"]) == ["A", "C"] and list(found["splits"]["seen"]["paired"]) == ["C"]
+    assert found["warnings"] == ["Seen problems: B has none."]
+    turned = compare_reports({"B": reports["B"], "A": reports["A"], "C": reports["C"]}, resamples=50)
+    assert list(turned["splits"]["seen"]["scores"]) == ["A", "C"] and turned["splits"]["seen"]["paired"] == {}
+    assert turned["warnings"] == [
+        "Seen problems: B has none. Nothing is paired, because B is what the others are paired with."
+    ]
+    assert "Seen problems: differences" not in comparison_markdown(turned)
+    assert "Seen problems: problems" in comparison_markdown(turned)
+    assert "no problem in common" not in "\n".join(comparison_lines(turned))
+    assert_self_contained(comparison_html(turned))
+
+
 def test_reports_without_a_problem_can_be_compared() -> None:
     found = compare_reports({"A": report([]), "B": report([])}, resamples=50)
     assert found["splits"] == {}
@@ -197,6 +224,9 @@ def test_reports_are_read_under_the_shortest_names_that_differ(tmp_path: Path) -
     assert list(found) == ["run", "three"]
     found = read_reports([tmp_path / "one" / "run", str(tmp_path / "two" / "run" / "report.json")])
     assert list(found) == ["one/run", "two/run"]
+    (tmp_path / "current").symlink_to(tmp_path / "one" / "run")
+    assert list(read_reports([tmp_path / "current", tmp_path / "three"])) == ["current", "three"]
+    assert list(read_reports([tmp_path / "one" / ".." / "current", tmp_path / "two" / "run"])) == ["current", "run"]
     (tmp_path / "three" / "other.json").write_text(json.dumps(report([])), encoding="utf-8")
     assert list(read_reports([tmp_path / "three", tmp_path / "three" / "other.json"])) == ["report", "other"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from triton_sft_pipeline.chat.dataset import ChatDataset, write_dataset
+from triton_sft_pipeline.chat.dataset import write_dataset
+from triton_sft_pipeline.chat.examples import ChatDataset
 from triton_sft_pipeline.chat.prompt import user_message
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.evaluation.contamination import TrainedOn, split_touched, training_problems

@@ -259,6 +259,26 @@ def test_touched_and_unusable_problems_are_reported_apart(tmp_path: Path) -> Non
     assert [problem["key"] for problem in report["unusable"]] == ["x"]
 
 
+def test_a_seen_problem_that_shares_its_key_with_a_touched_one_is_not_touched(tmp_path: Path) -> None:
+    tokenizer, settings = byte_tokenizer(), EvaluationSettings(max_new_tokens=400)
+    report = evaluate(
+        LocalAsker(ScriptedModel(tokenizer, ANSWERS), tokenizer, settings, has_adapter=True),
+        {"seen": [problem("held_b")], "test": [problem("held_a")], "held_out": SPLITS["held_out"]},
+        settings,
+        judge=RecordingJudge(),
+        out_dir=tmp_path,
+        provenance={},
+        touched={"held_a": "It is like relu.", "held_b": "It is the training problem relu."},
+    )
+    assert [(row["split"], row["key"], row["touched"]) for row in report["problems"]] == [
+        ("seen", "held_b", None),
+        ("test", "held_a", None),
+        ("held_out", "held_c", None),
+        ("touched", "held_a", "It is like relu."),
+        ("touched", "held_b", "It is the training problem relu."),
+    ]
+
+
 def test_two_problems_of_one_key_are_two_questions_and_one_listed_twice_is_one(tmp_path: Path) -> None:
     other = Problem(key="held_a", pytorch_code=problem("held_b").pytorch_code, source="elsewhere")
     evaluation = run(tmp_path, splits={"held_out": [problem("held_a"), other, problem("held_a")]})

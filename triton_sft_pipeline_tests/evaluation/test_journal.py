@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.evaluation.journal import Journal, open_run
+from triton_sft_pipeline.evaluation.journal import Journal, open_run, rows_of_same_run
 
 IDENTITY = {"models": ["base"], "settings": {"seed": 0, "samples": 1}, "questions": {"test/a/12": "asked"}}
 
@@ -104,6 +104,19 @@ def test_the_same_run_goes_on_and_another_one_is_refused_with_what_differs(tmp_p
     ):
         pass
     assert json.loads((tmp_path / "run.json").read_text()) == IDENTITY
+
+
+def test_rows_are_counted_when_what_is_known_is_the_same_and_nothing_is_written(tmp_path: Path) -> None:
+    assert rows_of_same_run(tmp_path / "none", IDENTITY) == 0 and not (tmp_path / "none").exists()
+    with open_run(tmp_path, {**IDENTITY, "asker": {"weights": "ab"}}) as run:
+        run.generations.append({"n": 1})
+        run.generations.append({"n": 2})
+    assert rows_of_same_run(tmp_path, IDENTITY) == 2, "who answered is not known yet"
+    with pytest.raises(PipelineError, match=r"something else \(settings\.seed was 0, is 3\)"):
+        rows_of_same_run(tmp_path, {"settings": {**IDENTITY["settings"], "seed": 3}})
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(PipelineError, match="what was asked is not known"):
+        rows_of_same_run(tmp_path, IDENTITY)
 
 
 def test_a_run_that_left_no_row_may_become_another(tmp_path: Path) -> None:

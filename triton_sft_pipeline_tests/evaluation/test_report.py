@@ -55,6 +55,13 @@ def test_the_page_loads_nothing_and_runs_no_script(html: str, single: dict[str, 
     assert_self_contained(render_html(single))
 
 
+def test_in_markdown_there_is_no_table_by_level_where_no_problem_says_one() -> None:
+    rows = made_problems({"seen": 2, "held_out": 3})
+    markdown = render_markdown(made_report([{**row, "level": None} if row["split"] == "seen" else row for row in rows]))
+    assert "## Held-out problems by level" in markdown and "## Seen problems by level" not in markdown
+    assert "## Seen problems by family" in markdown
+
+
 @pytest.mark.parametrize("field", ["code", "answer", "detail", "verdict"])
 def test_whatever_a_model_or_the_judge_wrote_is_text_on_the_page(field: str) -> None:
     text = f"{HOSTILE}\x00\x1b[31m\ud800"

@@ -145,6 +145,30 @@ def test_a_run_that_was_done_asks_nobody_and_judges_nothing_again(tmp_path: Path
     assert again == first and steps == [(24, 24)]
 
 
+def test_what_was_there_is_told_once_and_after_it_is_known_to_be_the_same(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def run(asker: Any) -> None:
+        evaluate(
+            asker,
+            SPLITS,
+            EvaluationSettings(),
+            judge=RecordingJudge(),
+            out_dir=tmp_path,
+            provenance={},
+            on_going_on=lambda there, asked: told.append((there, asked)),
+        )
+
+    with pytest.raises(StepError, match="went away"):
+        run(FakeAsker(kernel, dies_after=5))
+    assert told == [], "there was nothing"
+    with pytest.raises(PipelineError, match="asker"):
+        run(FakeAsker(kernel, weights="other"))
+    assert told == []
+    run(FakeAsker(kernel))
+    assert told == [(5, 12)]
+
+
 def test_verdicts_are_gone_on_with_and_the_judges_own_failures_are_judged_again(tmp_path: Path) -> None:
     class Dying(RecordingJudge):
         def verify_many(self, items: Iterable[JudgeItem]) -> Iterator[Verdict]:

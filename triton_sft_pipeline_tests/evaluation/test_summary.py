@@ -12,10 +12,11 @@ import pytest
 
 from triton_sft_pipeline.chat.prompt import parse_answer
 from triton_sft_pipeline.evaluation.generation import Completion
+from triton_sft_pipeline.evaluation.judged import JudgedAnswer, Question
 from triton_sft_pipeline.evaluation.notes import MOST_NAMED
 from triton_sft_pipeline.evaluation.scores import compare, outcomes, score
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
-from triton_sft_pipeline.evaluation.summary import SPLITS, JudgedAnswer, Question, scores_hash, summarise
+from triton_sft_pipeline.evaluation.summary import SPLITS, scores_hash, summarise
 from triton_sft_pipeline.problems import Problem, Unusable, family_of
 from triton_sft_pipeline.verification.verdict import CORRECT, Verdict
 
@@ -182,7 +183,8 @@ def test_the_settings_name_the_temperature_that_was_used(report: dict[str, Any])
 def test_notes_say_how_to_read_several_answers(report: dict[str, Any]) -> None:
     assert "answered 2 times (temperature 0.7, top-p 0.95)" in notes(report)
     assert "as if each had one answer" in notes(report) and "first answer to each problem" in notes(report)
-    assert "fewer than 30 problems: seen, held-out, touched." in notes(report)
+    assert "The seen, held-out and touched problems are fewer than 30 each. Bootstrap intervals" in notes(report)
+    assert "The seen problems are fewer than 30. Bootstrap" in notes(report_on(answered([[BAD]], [[GOOD]])))
     assert "memorisation check" in notes(report) and "greedy" not in notes(report)
     assert report["notes"][-2:] == ["By the caller.", "From the provenance."]
 

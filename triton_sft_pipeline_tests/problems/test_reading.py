@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.problems import Problem, Unusable, load_problems, read_problems
+from triton_sft_pipeline.problems import Problem, every_problem, load_problems, read_problems
 from triton_sft_pipeline_tests.problems.codes import (
     CODE,
     LEVEL_4,
@@ -216,12 +216,27 @@ def test_levels_that_are_not_there_are_an_error_that_says_which_are(tmp_path: Pa
         read_problems(tmp_path, levels=(3, 4))
 
 
-def test_a_problem_whose_level_nobody_knows_is_named_when_levels_are_asked(tmp_path: Path) -> None:
+def test_a_problem_that_says_no_level_is_read_whatever_levels_are_asked_for(tmp_path: Path) -> None:
     write_sources(tmp_path / "level1", "1_A")
+    write_sources(tmp_path / "level2", "1_C")
     write_sources(tmp_path, "2_B")
     found = read_problems(tmp_path, levels=(1,))
-    assert [p.key for p in found.problems] == ["level1/1_A"]
-    place = str(tmp_path / "2_B.py")
-    assert found.unusable == [
-        Unusable("2_B", place, "invalid", "Its level is not known, and level 1 is asked for; give it a `level`.")
-    ]
+    assert ([p.key for p in found.problems], found.unusable) == (["2_B", "level1/1_A"], [])
+    with pytest.raises(PipelineError, match="no problem of level 3: it has 1, 2"):
+        read_problems(tmp_path, levels=(3,))
+
+
+def test_problems_that_all_say_no_level_are_all_read(tmp_path: Path) -> None:
+    assert keys(write_sources(tmp_path, "1_A", "2_B"), levels=(3,)) == ["1_A", "2_B"]
+
+
+def test_every_problem_is_of_every_level_and_also_what_needs_weights_that_are_not_here(
+    tmp_path: Path, hub_cache: Path
+) -> None:
+    dataset_copy(tmp_path)
+    rows = [*ROWS[4], kernelbench_row(4, 3, "Lm", LEVEL_4), kernelbench_row(4, 4, "Bad", "x = 1")]
+    write_parquet(tmp_path / "data" / "level_4-00000-of-00001.parquet", rows)
+    found = [problem.key for problem in every_problem(tmp_path)]
+    assert found == [f"level{n}/{key}" for n in (1, 2, 3, 4) for key in ("1_First", f"2_Level_{n}")] + ["level4/3_Lm"]
+    with pytest.raises(PipelineError, match=r"holds no problem that can be asked\. .*a\.py: No class derives"):
+        every_problem(write_sources(tmp_path / "bad", "a", code="x = 1"))

@@ -14,7 +14,8 @@ import pytest
 
 from triton_sft_pipeline.errors import StepError
 from triton_sft_pipeline.training import model as model_module
-from triton_sft_pipeline.training.failures import device_name, failures_explained
+from triton_sft_pipeline.training.failures import failures_explained
+from triton_sft_pipeline.training.memory import device_name
 from triton_sft_pipeline.training.model import load_model_and_tokenizer
 from triton_sft_pipeline.training.settings import ModelSettings
 from triton_sft_pipeline_tests.training.setups import Setup, at_step

@@ -17,7 +17,7 @@ weights and to the factors.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +26,26 @@ from torch.nn import functional
 
 from triton_sft_pipeline.training.fast import ops
 
-if TYPE_CHECKING:
-    from triton_sft_pipeline.training.experts.module import PackedExperts
-
 _ROW_BYTES = 16
 """torch's grouped products want rows of whole 16 bytes."""
 _LINE_BYTES = 128
 """A line of the GPU's cache."""
+
+
+class FrozenWeights(Protocol):
+    """Where the weights of a block come from, packed or not.
+
+    Attributes:
+        num_experts: E.
+        compute_dtype: the type that everything is computed in.
+    """
+
+    num_experts: int
+    compute_dtype: torch.dtype
+
+    def weight(self, name: str) -> Tensor:
+        """The weights of all experts, [E, out, in] in `compute_dtype`: "gate_up_proj" or "down_proj"."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -286,7 +299,7 @@ def _grouped_loop(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 def experts(
-    module: PackedExperts,
+    module: FrozenWeights,
     x: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -324,7 +337,7 @@ class _Experts(torch.autograd.Function):
         b1: Tensor | None,
         a2: Tensor | None,
         b2: Tensor | None,
-        module: PackedExperts,
+        module: FrozenWeights,
         routes: Routes,
         gate_up: Factors | None,
         down_: Factors | None,

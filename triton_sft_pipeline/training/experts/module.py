@@ -15,6 +15,7 @@ from torch import nn
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.training.experts import nf4
+from triton_sft_pipeline.training.experts.math import experts
 from triton_sft_pipeline.training.fast import twins
 
 if TYPE_CHECKING:
@@ -224,9 +225,6 @@ class PackedExperts(nn.Module):
         Returns:
             [N, H], in the type of `hidden_states`.
         """
-        # Imported here: the mathematics knows this class.
-        from triton_sft_pipeline.training.experts.math import experts
-
         return experts(self, hidden_states, top_k_index, top_k_weights, None, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
