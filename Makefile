@@ -24,10 +24,10 @@ ui: install  ## the Dagster UI on http://localhost:3000
 	$(BIN)/dagster dev
 
 test: install  ## every test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: install  ## the tests that take less than five seconds each
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-gpu: install  ## what only a GPU can show
 	TRITON_SFT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests first, those that run whole pipelines before all: at the end they would run alone."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    # A stable sort: tests of a file stay together, in their order.
+    items.sort(key=lambda item: ("pipeline" not in item.path.parts, -slow[item.path]))
 
 
 @pytest.fixture(autouse=True)
