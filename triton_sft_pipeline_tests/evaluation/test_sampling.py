@@ -93,8 +93,8 @@ def test_the_nucleus_is_the_smallest_set_with_the_mass_and_never_empty() -> None
 def test_a_number_just_below_one_is_a_token_of_the_nucleus() -> None:
     import torch
 
-    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
-    drawn = torch.full((64,), 1 - 2**-24)
+    logits = torch.randn(16, 700, generator=torch.Generator().manual_seed(0))
+    drawn = torch.full((16,), 1 - 2**-24)
     for top_p in (1.0, 0.95):
         chosen = sampled(logits, top_p, drawn).tolist()
         for row, token in enumerate(chosen):

@@ -57,7 +57,7 @@ def test_the_filter_does_without_pandas(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory_does_not_follow_the_file(tmp_path: Path) -> None:
     peaks = []
-    for count in (500, 2500):
+    for count in (300, 1500):
         path = tmp_path / f"{count}.jsonl"
         with open(path, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(large(number)) + "\n" for number in range(count))
@@ -65,6 +65,6 @@ def test_memory_does_not_follow_the_file(tmp_path: Path) -> None:
         assert read == kept == count
         peaks.append(peak)
     grown = path.stat().st_size * 0.8 / 2**20
-    assert grown > 25 and peaks[1] < 250, peaks
+    assert grown > 15 and peaks[1] < 250, peaks
     # A key for each trace, and what an allocator keeps.
     assert peaks[1] - peaks[0] < grown, peaks
