@@ -15,7 +15,6 @@ real evaluation. Every size has a short warm-up. Greedy answers must be the same
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -191,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = max(row["times_one"] for row in report["sizes"])
     print(f"best: {best:.1f} times one prompt at a time (wanted on the tiny model: {WANTED:g})")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        from triton_sft_pipeline.files import write_json
+
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -35,7 +34,7 @@ from smollm2_base import make_base
 
 from triton_sft_pipeline.config import load_config, parse_overrides
 from triton_sft_pipeline.errors import PipelineError
-from triton_sft_pipeline.files import atomic_write_text, read_json, write_json
+from triton_sft_pipeline.files import atomic_write_bytes, atomic_write_text, read_json, write_json
 
 PRESET = "smollm2-135m"
 REPORTS = ("report.html", "report.md", "report.json")
@@ -188,7 +187,7 @@ def summarise(out: Path, times: Times) -> None:
     """Put the report into `out`, and its numbers with the training's and the times into summary.json."""
     report_dir, adapter_dir = (out / "storage" / key / "current" for key in ("evaluation_report", "lora_adapter"))
     for name in REPORTS:
-        shutil.copyfile(report_dir / name, out / name)
+        atomic_write_bytes(out / name, (report_dir / name).read_bytes())
     report = read_json(out / "report.json")
     kept = {name: report[name] for name in KEPT if name in report}
     training = read_json(adapter_dir / "training_log.json")

@@ -7,26 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from triton_sft_pipeline import cli
 from triton_sft_pipeline.config import data_dir, load_config
 from triton_sft_pipeline.errors import StepError
 from triton_sft_pipeline.evaluation.generation import Completion, Request
 from triton_sft_pipeline.files import read_json, write_json
 from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
+from triton_sft_pipeline_tests.commands import Outcome, Run
 from triton_sft_pipeline_tests.evaluation.models import ScriptedModel, byte_tokenizer
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
 
 PROBLEM = """import torch
 import torch.nn as nn
@@ -43,24 +34,6 @@ def get_inputs():
 ADD, SOFTMAX = PROBLEM.format("x + 1"), PROBLEM.format("torch.softmax(x, 0)")
 RIGHT = "Short.\n</think>\n\n<triton>\ndef right(): pass\n</triton>"
 WRONG = "Short.\n</think>\n\n<triton>\nwrong\n</triton>"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """The entry point inside this process, working in an empty directory."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["triton-sft", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 def one_message(outcome: Outcome) -> str:

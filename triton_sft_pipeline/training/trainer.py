@@ -239,6 +239,7 @@ def _made_flat(trainer: Any) -> Any:
 
 
 def _made_one_pass(model: Any) -> bool:
+    """Have the loss computed in one pass where the head allows it. Returns whether it does."""
     from triton_sft_pipeline.training.fast.head import add_one_pass_head
 
     return add_one_pass_head(model)

@@ -1,8 +1,7 @@
 """A 4-bit model that answers: its linear layers unpacked once instead of at every token, where the GPU has the room.
 
-bitsandbytes unpacks a weight whenever it is used and then multiplies: the same numbers as multiplying with the unpacked
-weight, which takes a quarter of the launches. For a token of a small model the launches are all the time there is.
-Routed experts stay packed.
+bitsandbytes unpacks a weight whenever it is used and then multiplies: the same numbers as multiplying with a weight
+that was unpacked before. For a token of a small model unpacking is most of the work. Routed experts stay packed.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ def unpacked_linears(model: Any, devices: frozenset[str] = frozenset({"cuda"})) 
 
     Args:
         model: any model; its layers of bitsandbytes' `Linear4bit` are meant.
-        devices: types of devices where this is done. On some CPUs bitsandbytes has kernels that multiply packed
-            weights, faster than this.
+        devices: types of devices where this is done. Not on CPUs: on some of them bitsandbytes lays the packed weights
+            out anew for kernels of its own.
 
     Yields:
         How many layers are unpacked: all, or none where they need more than `SHARE` of the free memory.

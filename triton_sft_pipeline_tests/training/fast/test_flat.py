@@ -24,6 +24,17 @@ def gradients(step: int, like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in like]
 
 
+def assert_equal_steps(steps: int, *sides: tuple[list[nn.Parameter], torch.optim.Optimizer]) -> None:
+    """Both sides' weights are equal to the bit after as many steps with the same gradients."""
+    for step in range(steps):
+        for several, optimiser in sides:
+            for p, gradient in zip(several, gradients(step, several), strict=True):
+                p.grad = gradient
+            optimiser.step()
+    for a, b in zip(sides[0][0], sides[1][0], strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("longest", [flat.LONGEST, 9000], ids=["one tensor", "several"])
 def test_steps_are_those_of_the_weights_alone(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat, "LONGEST", longest)
@@ -33,14 +44,7 @@ def test_steps_are_those_of_the_weights_alone(longest: int, monkeypatch: pytest.
     one = torch.optim.AdamW(alone, lr=0.1, foreach=False)
     other = torch.optim.AdamW(together.parameters, lr=0.1, foreach=False)
     together.before_each_step(other)
-    for step in range(3):
-        for several in (alone, joined):
-            for p, gradient in zip(several, gradients(step, several), strict=True):
-                p.grad = gradient
-        one.step()
-        other.step()
-    for a, b in zip(alone, joined, strict=True):
-        assert torch.equal(a, b)
+    assert_equal_steps(3, (alone, one), (joined, other))
 
 
 def test_a_weight_stays_the_same_object_with_the_same_numbers() -> None:
@@ -109,11 +113,4 @@ def test_eight_bit_steps_are_those_of_the_weights_alone(paged: bool) -> None:
     together = FlatWeights(joined)
     one, other = make(alone, lr=0.01), without_waiting(make)(together.parameters, lr=0.01)
     together.before_each_step(other)
-    for step in range(5):
-        for several in (alone, joined):
-            for p, gradient in zip(several, gradients(step, several), strict=True):
-                p.grad = gradient
-        one.step()
-        other.step()
-    for a, b in zip(alone, joined, strict=True):
-        assert torch.equal(a, b)
+    assert_equal_steps(5, (alone, one), (joined, other))
