@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from triton_sft_pipeline.training.fast import ops
+
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -39,64 +41,39 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, causal: Causal)
     """Attention of [rows, tokens, heads, head_dim] with a window that is None or divides `tokens` or exceeds it.
 
     Returns:
-        The output, and float32 [rows, heads, tokens] for `backward`.
+        The output, new and contiguous, and for `backward` the logarithms of the softmax's denominators: float32
+        [rows * blocks, heads, window], or [rows, heads, tokens] where the window makes no blocks.
     """
-    rows, tokens = q.shape[:2]
+    tokens = q.shape[1]
     if window is None or window >= tokens:
         out, log_sum = causal.forward(q, k, v)
         return out.contiguous(), log_sum
-    out, log_sum = causal.forward(_cut(q, window), _cut(k, window), _cut(v, window))
-    # [rows, blocks, ...], written to below: what the later blocks see of the block before is added.
-    own, own_sum = (t.contiguous().unflatten(0, (rows, -1)) for t in (out, log_sum))
-    before, before_sum = causal.forward(_later(q, window), _earlier(k, window), _earlier(v, window))
-    before = before.flip(1).unflatten(0, (rows, -1))
-    before_sum = before_sum.flip(-1).unflatten(0, (rows, -1))
-    # The last query of a block sees nothing before the block.
-    late, late_sum = own[:, 1:, :-1], own_sum[:, 1:, :, :-1]
-    merged_sum = torch.logaddexp(late_sum, before_sum)
-    share = (before_sum - merged_sum).exp().transpose(-1, -2)[..., None]
-    # In the type of `share`, which is wider.
-    late.copy_(late + (before - late) * share)
-    late_sum.copy_(merged_sum)
-    return own.reshape(q.shape), own_sum.transpose(1, 2).reshape(rows, q.shape[2], tokens)
+    own, own_sum = (t.contiguous() for t in causal.forward(*(_cut(t, window) for t in (q, k, v))))
+    before, before_sum = causal.forward(*ops.reverse_blocks((q,), (k, v), window))
+    own = own.view(q.shape)
+    return own, ops.merge_blocks(own, own_sum, before, before_sum)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, window: int | None, causal: Causal
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the other arguments as `forward` took and returned them."""
-    rows, tokens = q.shape[:2]
+    tokens = q.shape[1]
     if window is None or window >= tokens:
         dq, dk, dv = causal.backward(grad, q, k, v, out, log_sum)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    sums = log_sum.unflatten(-1, (-1, window)).transpose(1, 2)
     cut = [_cut(t, window) for t in (grad, q, k, v, out)]
-    own = causal.backward(cut[0], cut[1], cut[2], cut[3], cut[4], sums.flatten(0, 1).contiguous())
-    dq, dk, dv = (t.contiguous().unflatten(0, (rows, -1)) for t in own)
-    late_grad, late_q, late_out = (_later(t, window) for t in (grad, q, out))
-    early_k, early_v = (_earlier(t, window) for t in (k, v))
-    later_sums = sums[:, 1:, :, :-1].flatten(0, 1).flip(-1).contiguous()
-    found = causal.backward(late_grad, late_q, early_k, early_v, late_out, later_sums)
-    dq_late, dk_early, dv_early = (t.flip(1).unflatten(0, (rows, -1)) for t in found)
-    dq[:, 1:, :-1] += dq_late
-    dk[:, :-1, 1:] += dk_early
-    dv[:, :-1, 1:] += dv_early
-    return dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+    own = causal.backward(cut[0], cut[1], cut[2], cut[3], cut[4], log_sum)
+    dq, dk, dv = (found.contiguous().view(t.shape) for found, t in zip(own, (q, k, v), strict=True))
+    turned = ops.reverse_blocks((grad, q, out), (k, v), window, log_sum)
+    late_grad, late_q, late_out, early_k, early_v, sums = turned
+    ops.add_reversed(dq, dk, dv, causal.backward(late_grad, late_q, early_k, early_v, late_out, sums), window)
+    return dq, dk, dv
 
 
 def _cut(tensor: Tensor, window: int) -> Tensor:
     """[rows * blocks, window, heads, head_dim]"""
     return tensor.unflatten(1, (-1, window)).flatten(0, 1)
-
-
-def _later(tensor: Tensor, window: int) -> Tensor:
-    """All blocks but the first of a row, backwards, without their last token."""
-    return tensor.unflatten(1, (-1, window))[:, 1:, :-1].flatten(0, 1).flip(1)
-
-
-def _earlier(tensor: Tensor, window: int) -> Tensor:
-    """All blocks but the last of a row, backwards, without their first token."""
-    return tensor.unflatten(1, (-1, window))[:, :-1, 1:].flatten(0, 1).flip(1)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

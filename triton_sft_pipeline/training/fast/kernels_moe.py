@@ -176,6 +176,63 @@ def combine(
     return out
 
 
+# -- the adapters' second factors: expert first for products, expert last in PEFT's file ---------------------------
+
+
+@triton.jit
+def _fill_b(
+    b, out, expert_stride, row_stride, rank_stride, out_expert_stride, out_row_stride, rows, E: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, LINES: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # Read along the experts, written along the ranks: the tile changes hands in between.
+    line = tl.program_id(0) * (LINES * BLOCK_R) + tl.arange(0, LINES * BLOCK_R)
+    row, rank = (line // BLOCK_R).to(tl.int64), line % BLOCK_R
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = ((row < rows) & (rank < R))[:, None] & (expert < E)[None, :]
+    source = b + row[:, None] * row_stride + rank[:, None] * rank_stride + expert[None, :] * expert_stride
+    tile = tl.trans(tl.load(source, mask=inside, other=0.0))
+    to = out + expert.to(tl.int64)[:, None] * out_expert_stride + row[None, :] * out_row_stride + rank[None, :]
+    tl.store(to, tile, mask=(expert < E)[:, None] & ((row < rows) & (rank < WIDTH))[None, :])
+
+
+def fill_b(b: Tensor, out: Tensor) -> None:
+    experts, rows, rank = b.shape
+    block_r = triton.next_power_of_2(out.shape[2])
+    # 32 numbers are 64 bytes of a line of PEFT's factor.
+    block_e = min(triton.next_power_of_2(experts), max(2048 // block_r, 32))
+    lines = max(2048 // (block_r * block_e), 1)
+    _fill_b[triton.cdiv(rows, lines), triton.cdiv(experts, block_e)](
+        b, out, b.stride(0), b.stride(1), b.stride(2), out.stride(0), out.stride(1), rows, experts,
+        rank, out.shape[2], block_r, lines, block_e,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join_b(
+    b, out, expert_stride, row_stride, lines, E: tl.constexpr, R: tl.constexpr, DENSE: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # A line is a row and a rank. Read along the lines, written along the experts.
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    source = b + expert.to(tl.int64)[:, None] * expert_stride
+    source += (line if DENSE else (line // R).to(tl.int64) * row_stride + line % R)[None, :]
+    tile = tl.trans(tl.load(source, mask=(expert < E)[:, None] & (line < lines)[None, :]))
+    to = out + line.to(tl.int64)[:, None] * E + expert[None, :]
+    tl.store(to, tile, mask=(line < lines)[:, None] & (expert < E)[None, :])
+
+
+def join_b(b: Tensor) -> Tensor:
+    b = straight(b)
+    experts, rows, rank = b.shape
+    out = torch.empty((rows, rank * experts), dtype=b.dtype, device=b.device)
+    block = min(triton.next_power_of_2(experts), 64)
+    _join_b[triton.cdiv(rows * rank, 64), triton.cdiv(experts, block)](
+        b, out, b.stride(0), b.stride(1), rows * rank, experts, rank, b.stride(1) == rank, 64, block
+    )
+    return out
+
+
 # -- router --------------------------------------------------------------------------------------------------------
 
 
@@ -283,16 +340,18 @@ def _place_routes(
 ):  # fmt: skip
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_E], tl.int32)
-    before = tl.zeros([BLOCK_E], tl.int32)
+    # Summed over the chunks at the end: a sum across threads takes longer than all the loads.
+    totals = tl.zeros([STEP, BLOCK_E], tl.int32)
+    befores = tl.zeros([STEP, BLOCK_E], tl.int32)
     first = 0
     while first < chunks:
         other = first + tl.arange(0, STEP)[:, None]
         inside = (other < chunks) & (expert[None, :] < E)
         count = tl.load(counts + other * E + expert[None, :], mask=inside, other=0)
-        total += tl.sum(count, 0)
-        before += tl.sum(tl.where(other < chunk, count, 0), 0)
+        totals += count
+        befores += tl.where(other < chunk, count, 0)
         first += STEP
+    total, before = tl.sum(totals, 0), tl.sum(befores, 0)
     ends = tl.cumsum(total, 0)
     if chunk == 0:
         tl.store(offsets + expert, ends, mask=expert < E)

@@ -228,6 +228,88 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, add: Tensor | None = None, 
     return out
 
 
+# -- gates with dropout behind them --------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["seed", "rows", "threshold"])
+def _gate_mul_dropout(
+    o, gate, y, dropped, seed, threshold, factor, rows, o_stride, gate_stride, columns: tl.constexpr,
+    group: tl.constexpr, BOTH: tl.constexpr, SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = line.to(tl.int64)
+    near = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    words = philox_words(seed, line * group + near, SEED)
+    kind = o.dtype.element_ty
+    for lane in tl.static_range(LANES):
+        at = near + lane * group
+        inside = (row < rows) & (near < group) & (at < columns)
+        share = tl.sigmoid(tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32))
+        value = (tl.load(o + row * o_stride + at, mask=inside, other=0.0).to(tl.float32) * share).to(kind)
+        if BOTH:
+            tl.store(y + row * columns + at, value, mask=inside)
+        kept = tl.where(draw(words, lane) >= threshold, value.to(tl.float32) * factor, 0.0)
+        tl.store(dropped + row * columns + at, kept, mask=inside)
+
+
+def gate_mul_dropout(
+    o: Tensor, gate: Tensor, p: float, seed: int | Tensor, both: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    o = straight(o)
+    rows, columns = o.shape
+    dropped = torch.empty((rows, columns), dtype=o.dtype, device=o.device)
+    y = torch.empty_like(dropped) if both else None
+    number, in_memory = seed_argument(seed, o.device)
+    group, height, width = lane_tile(columns)
+    grid = (triton.cdiv(rows, height), triton.cdiv(group, width))
+    _gate_mul_dropout[grid](
+        o, gate, dropped if y is None else y, dropped, number, dropout_threshold(p), 1.0 / (1 - p), rows,
+        o.stride(0), gate.stride(0), columns, group, both, in_memory, LANES, height, width,
+    )  # fmt: skip
+    return y, dropped
+
+
+@triton.jit(do_not_specialize=["seed", "rows", "threshold"])
+def _gate_mul_dropout_backward(
+    dy, extra, o, gate, dgate, do, seed, threshold, factor, rows,
+    dy_stride, extra_stride, o_stride, gate_stride, dgate_stride, columns: tl.constexpr, group: tl.constexpr,
+    SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = line.to(tl.int64)
+    near = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    words = philox_words(seed, line * group + near, SEED)
+    for lane in tl.static_range(LANES):
+        at = near + lane * group
+        inside = (row < rows) & (near < group) & (at < columns)
+        more = tl.load(extra + row * extra_stride + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * dy_stride + at, mask=inside, other=0.0).to(tl.float32)
+        grad += tl.where(draw(words, lane) >= threshold, more * factor, 0.0)
+        share = tl.sigmoid(tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32))
+        value = tl.load(o + row * o_stride + at, mask=inside, other=0.0).to(tl.float32)
+        grad *= share
+        tl.store(do + row * columns + at, grad, mask=inside)
+        tl.store(dgate + row * dgate_stride + at, grad * value * (1 - share), mask=inside)
+
+
+def gate_mul_dropout_backward(
+    dy: Tensor, extra: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor, p: float, seed: int | Tensor
+) -> Tensor:
+    dy, extra, o = straight(dy), straight(extra), straight(o)
+    rows, columns = o.shape
+    do = torch.empty((rows, columns), dtype=o.dtype, device=o.device)
+    number, in_memory = seed_argument(seed, o.device)
+    group, height, width = lane_tile(columns)
+    grid = (triton.cdiv(rows, height), triton.cdiv(group, width))
+    _gate_mul_dropout_backward[grid](
+        dy, extra, o, gate, dgate_out, do, number, dropout_threshold(p), 1.0 / (1 - p), rows,
+        dy.stride(0), extra.stride(0), o.stride(0), gate.stride(0), dgate_out.stride(0),
+        columns, group, in_memory, LANES, height, width,
+    )  # fmt: skip
+    return do
+
+
 # -- SwiGLU with dropout behind it ---------------------------------------------------------------------------------
 
 
@@ -271,13 +353,14 @@ def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None =
 def _swiglu_dropout_backward(
     dh, extra, u, weight, du, dropped, drow, seed, threshold, factor, scale, rows, dh_stride, extra_stride, u_stride,
     inner: tl.constexpr, group: tl.constexpr,
-    SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, SEED: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = line[:, None].to(tl.int64)
     near = tl.arange(0, BLOCK)[None, :]
     words = philox_words(seed, line[:, None] * group + near, SEED)
-    row_weight = tl.load(weight + line, mask=line < rows, other=0.0)[:, None]
+    if WEIGHT:
+        row_weight = tl.load(weight + line, mask=line < rows, other=0.0)[:, None]
     kind = u.dtype.element_ty
     products = tl.zeros([ROWS, BLOCK], tl.float32)
     for lane in tl.static_range(LANES):
@@ -293,29 +376,31 @@ def _swiglu_dropout_backward(
         share = tl.sigmoid(gate)
         value = ((gate * share).to(kind).to(tl.float32) * up).to(kind).to(tl.float32)
         tl.store(dropped + row * inner + at, tl.where(keep, value * factor, 0.0), mask=inside)
-        products += grad * value
-        grad *= row_weight
+        if WEIGHT:
+            products += grad * value
+            grad *= row_weight
         to = du + row * (2 * inner) + at
         tl.store(to, grad * up * share * (1 + gate * (1 - share)), mask=inside)
         tl.store(to + inner, grad * gate * share, mask=inside)
-    tl.store(drow + line, tl.sum(products, 1), mask=line < rows)
+    if WEIGHT:
+        tl.store(drow + line, tl.sum(products, 1), mask=line < rows)
 
 
 def swiglu_dropout_backward(
-    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor | None, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dh, extra = straight(dh), straight(extra)
     rows, inner = dh.shape
     du = torch.empty((rows, 2 * inner), dtype=u.dtype, device=u.device)
     dropped = torch.empty((rows, inner), dtype=u.dtype, device=u.device)
-    drow = torch.empty(rows, dtype=torch.float32, device=u.device)
+    drow = None if row_weight is None else torch.empty(rows, dtype=torch.float32, device=u.device)
     number, in_memory = seed_argument(seed, u.device)
     group = triton.cdiv(inner, LANES)
     width = triton.next_power_of_2(group)  # a whole row, for its sum
     height = max(1024 // width, 1)
     _swiglu_dropout_backward[triton.cdiv(rows, height),](
-        dh, extra, u, row_weight.contiguous(), du, dropped, drow, number, dropout_threshold(p), 1.0 / (1 - p),
-        scale / (1 - p), rows, dh.stride(0), extra.stride(0), u.stride(0),
-        inner, group, in_memory, LANES, height, width, num_warps=4 if width <= 1024 else 8,
+        dh, extra, u, du if row_weight is None else row_weight.contiguous(), du, dropped, du if drow is None else drow,
+        number, dropout_threshold(p), 1.0 / (1 - p), scale / (1 - p), rows, dh.stride(0), extra.stride(0), u.stride(0),
+        inner, group, row_weight is not None, in_memory, LANES, height, width, num_warps=4 if width <= 1024 else 8,
     )  # fmt: skip
     return du, dropped, drow

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from triton_sft_pipeline.training.experts import math
-from triton_sft_pipeline.training.experts.adapter import join_a, join_b, split_a, view_b
+from triton_sft_pipeline.training.experts.adapter import join_a, split_a, view_b
 from triton_sft_pipeline.training.experts.math import Factors, Routes
 from triton_sft_pipeline.training.fast import linear, ops
 from triton_sft_pipeline.training.fast.attention import Documents, flash, flash_backward
@@ -177,6 +177,7 @@ class _Attention:
     into: Projection
     out: Projection
     gated: Tensor
+    """What the output projection's adapter sees: o * sigmoid(g), through its mask if it has one."""
     branch: Tensor
     """a: what attention adds to the residual, before its norm."""
 
@@ -203,18 +204,30 @@ def _attention(
         o, log_sum, random = flash(q, k, _values(parts, qkvg), parts.window, documents.ends, documents.longest)
     else:
         o, log_sum, random = kept[:3]  # type: ignore[assignment]
-    gated = ops.gate_mul(o.flatten(1), _gates(parts, qkvg))
-    branch = linear.forward(out, gated)[0] if kept is None or kept[3] is None else kept[3]
+    gates, branch = _gates(parts, qkvg), None if kept is None else kept[3]
+    if out.drops:
+        whole, gated = ops.gate_mul_dropout(o.flatten(1), gates, out.dropout, out.seed, both=branch is None)
+    else:
+        whole = gated = ops.gate_mul(o.flatten(1), gates)
+    if branch is None:
+        assert whole is not None
+        branch = linear.forward(out, whole, gated)[0]
+    del whole
     return _Attention(rstd, qkvg, dropped, t, q, k, rstd_q, rstd_k, o, log_sum, random, into, out, gated, branch)
 
 
 def _attention_backward(call: LayerCall, grad: Tensor, a: _Attention) -> tuple[Tensor, Gradients]:
     """The gradients of n1(x) and of attention's factors, given that of a."""
     parts, documents = call.parts, call.documents
-    dgated, dt = linear.input_gradient(a.out, grad)
-    out_gradients = linear.factor_gradients(a.out, grad, dt, *linear.reduce(a.out, a.gated))
+    dgated, extra, dt = linear.input_gradients(a.out, grad)
+    out_gradients = linear.factor_gradients(a.out, grad, dt, *linear.reduce(a.out, None, a.gated))
     dqkvg = torch.empty_like(a.qkvg)
-    do = ops.gate_mul_backward(dgated, a.o.flatten(1), _gates(parts, a.qkvg), _gates(parts, dqkvg))
+    o, gates, dgates = a.o.flatten(1), _gates(parts, a.qkvg), _gates(parts, dqkvg)
+    if extra is None:
+        do = ops.gate_mul_backward(dgated, o, gates, dgates)
+    else:
+        do = ops.gate_mul_dropout_backward(dgated, extra, o, gates, dgates, a.out.dropout, a.out.seed)
+    del dgated, extra
     dq, dk, dv = flash_backward(
         do.view(a.o.shape),
         a.q,
@@ -253,7 +266,7 @@ def _gates(parts: LayerParts, qkvg: Tensor) -> Tensor:
 def _mlp(call: LayerCall, y: Tensor, factors: Sequence[Tensor | None]) -> tuple[Tensor, Sequence[Tensor | None]]:
     """f [N, H], and what the backward pass needs of the routing: weights, index, logits and the four of `Routes`."""
     into, out = (_load(call, place, factors, y) for place in (2, 3))
-    f = linear.forward(out, ops.swiglu(linear.forward(into, y)[0]))[0]
+    f = linear.forward(out, *_swiglu(linear.forward(into, y)[0], out))[0]
     routed = call.parts.routed
     if routed is None:
         return f, (None,) * 7
@@ -264,6 +277,11 @@ def _mlp(call: LayerCall, y: Tensor, factors: Sequence[Tensor | None]) -> tuple[
     u, _ = math.up(y, routes, _expert_weight(call, routed, "gate_up_proj", first), first)
     f = math.down(u, weights, routes, _expert_weight(call, routed, "down_proj", second), second, add=f)
     return f, (weights, index, logits, routes.order, routes.inverse, routes.tokens, routes.offsets)
+
+
+def _swiglu(u: Tensor, out: Projection) -> tuple[Tensor, Tensor | None]:
+    """h, and h as the adapter of `out` sees it if that is known along the way."""
+    return ops.swiglu_dropout(u, out.dropout, out.seed) if out.drops else (ops.swiglu(u), None)
 
 
 def _mlp_backward(
@@ -277,9 +295,12 @@ def _mlp_backward(
     dy, expert_gradients = _routed_backward(call, grad, y, routing, factors)
     into, out = (_load(call, place, factors, y) for place in (2, 3))
     u, dropped, t = linear.forward(into, y)
-    dh, dt = linear.input_gradient(out, grad)
-    du, h, _ = ops.swiglu_backward(dh, u)
-    out_gradients = linear.factor_gradients(out, grad, dt, *linear.reduce(out, h))
+    dh, extra, dt = linear.input_gradients(out, grad)
+    if extra is None:
+        du, h, _ = ops.swiglu_backward(dh, u)
+    else:
+        du, h, _ = ops.swiglu_dropout_backward(dh, extra, u, None, out.dropout, out.seed)
+    out_gradients = linear.factor_gradients(out, grad, dt, *linear.reduce(out, None, h))
     dy, dt = linear.input_gradient(into, du, dy)
     return dy, [*linear.factor_gradients(into, du, dt, dropped, t), *out_gradients, *expert_gradients]
 
@@ -314,7 +335,7 @@ def _joined(gradient: Tensor | None, place: int) -> Tensor | None:
     """A factor's gradient in the layout in which PEFT stores the factor: A, B, A, B."""
     if gradient is None:
         return None
-    return join_b(gradient) if place % 2 else join_a(gradient)
+    return ops.join_b(gradient) if place % 2 else join_a(gradient)
 
 
 def _expert_factors(
@@ -343,7 +364,7 @@ def _expert_weight(call: LayerCall, routed: RoutedPart, name: str, lora: Factors
     out = call.scratch.take(name, (count, rows, pitch), experts.compute_dtype, call.cos.device)[..., :columns]
     experts.weight(name, out=out[..., :width])
     if lora is not None and together:
-        math.fill_b(out, width, lora.b)
+        ops.fill_b(lora.b, out[..., width:])
     return out.to(dtype)
 
 

@@ -84,6 +84,11 @@ class Projection:
     dropout: float
     seed: int | Tensor
 
+    @property
+    def drops(self) -> bool:
+        """Whether adapters see their input through a mask."""
+        return self.a is not None and self.dropout > 0
+
 
 def group(role: str, members: Sequence[Member], dropout: float) -> Group:
     """Put layers of one input together."""
@@ -148,18 +153,29 @@ def load(layers: Group, factors: Sequence[Tensor], scratch: Scratch, like: Tenso
     return Projection(weight, a, tuple(parts), layers.dropout, seed)
 
 
-def reduce(projection: Projection, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """D x [N, in] and t = (D x) A^T [N, R]; None and None without adapters."""
+def reduce(
+    projection: Projection, x: Tensor | None, dropped: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """D x [N, in] and t = (D x) A^T [N, R]; None and None without adapters.
+
+    Args:
+        x: [N, in]; not looked at where `dropped` is there.
+        dropped: D x, where it is known already.
+    """
     if projection.a is None:
         return None, None
-    dropped = ops.dropout(x, projection.dropout, projection.seed) if projection.dropout else x
+    if dropped is None:
+        assert x is not None
+        dropped = ops.dropout(x, projection.dropout, projection.seed) if projection.dropout else x
     return dropped, torch.mm(dropped, projection.a.t())
 
 
-def forward(projection: Projection, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [N, out] of x [N, in], and what `reduce` returns."""
+def forward(
+    projection: Projection, x: Tensor, dropped: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [N, out] of x [N, in], and what `reduce` returns; `dropped` as there."""
     y = torch.mm(x, projection.weight.t())
-    dropped, t = reduce(projection, x)
+    dropped, t = reduce(projection, x, dropped)
     if t is not None:
         for columns, ranks, b, scale in projection.parts:
             y[:, columns].addmm_(t[:, ranks], b.t(), alpha=scale)
@@ -172,16 +188,27 @@ def input_gradient(projection: Projection, dy: Tensor, add: Tensor | None = None
     Args:
         add: [N, in], a gradient that x has from elsewhere; overwritten.
     """
+    dx, extra, dt = input_gradients(projection, dy, add)
+    if extra is not None:
+        dx = ops.dropout(extra, projection.dropout, projection.seed, add=dx)
+    return dx, dt
+
+
+def input_gradients(
+    projection: Projection, dy: Tensor, add: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `input_gradient`, but in between the gradient of D x [N, in] for itself: with the mask D, it is missing in
+    that of x. None where there is no mask."""
     dx = torch.mm(dy, projection.weight) if add is None else add.addmm_(dy, projection.weight)
     if projection.a is None:
-        return dx, None
+        return dx, None, None
     dt = dy.new_empty(dy.shape[0], projection.a.shape[0])
     for columns, ranks, b, scale in projection.parts:
         part = dt[:, ranks]
         torch.addmm(part, dy[:, columns], b, beta=0, alpha=scale, out=part)
     if not projection.dropout:
-        return dx.addmm_(dt, projection.a), dt
-    return ops.dropout(torch.mm(dt, projection.a), projection.dropout, projection.seed, add=dx), dt
+        return dx.addmm_(dt, projection.a), None, dt
+    return dx, torch.mm(dt, projection.a), dt
 
 
 def factor_gradients(

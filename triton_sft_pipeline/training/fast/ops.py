@@ -11,6 +11,7 @@ rows may lie further apart. Sums are in float32, values that the stock model rou
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -34,9 +35,15 @@ def use_triton(tensor: Tensor) -> bool:
 @cache
 def _kernels(name: str) -> ModuleType:
     """Imported at the first use: a process without a GPU never loads Triton."""
-    from triton_sft_pipeline.training.fast import kernels_moe, kernels_nf4, kernels_norm, kernels_rows
+    from triton_sft_pipeline.training.fast import kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows
 
-    return {"norm": kernels_norm, "rows": kernels_rows, "moe": kernels_moe, "nf4": kernels_nf4}[name]
+    return {
+        "blocks": kernels_blocks,
+        "norm": kernels_norm,
+        "rows": kernels_rows,
+        "moe": kernels_moe,
+        "nf4": kernels_nf4,
+    }[name]
 
 
 # -- norms ---------------------------------------------------------------------------------------------------------
@@ -114,6 +121,22 @@ def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) ->
     return (_kernels("rows") if use_triton(o) else twins).gate_mul_backward(dy, o, gate, dgate_out)
 
 
+def gate_mul_dropout(
+    o: Tensor, gate: Tensor, p: float, seed: int | Tensor, both: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(y, dropout(y, p, seed)) for y = gate_mul(o, gate) in one pass; without `both` None in place of y."""
+    return (_kernels("rows") if use_triton(o) else twins).gate_mul_dropout(o, gate, p, seed, both)
+
+
+def gate_mul_dropout_backward(
+    dy: Tensor, extra: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor, p: float, seed: int | Tensor
+) -> Tensor:
+    """`gate_mul_backward` where the output went another way, too, through dropout: for the gradient dy +
+    dropout(extra, p, seed), dy and extra [N, heads * D]."""
+    backend = _kernels("rows") if use_triton(o) else twins
+    return backend.gate_mul_dropout_backward(dy, extra, o, gate, dgate_out, p, seed)
+
+
 def swiglu(u: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """h [M, I] = silu(u[:, :I]) * u[:, I:] for u [M, 2I], in `out` when given. With `add` [M, 2I], u += add happens
     first, in place."""
@@ -132,12 +155,40 @@ def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None =
 
 
 def swiglu_dropout_backward(
-    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor | None, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Any]:
     """`swiglu_backward` where h went another way, too, through dropout: in one pass (du [M, 2I], dropout(h, p, seed)
-    [M, I], drow float32 [M]) for the gradient dh + dropout(extra, p, seed, scale=scale), dh and extra [M, I]."""
+    [M, I], drow float32 [M] or None) for the gradient dh + dropout(extra, p, seed, scale=scale), both [M, I]."""
     backend = _kernels("rows") if use_triton(u) else twins
     return backend.swiglu_dropout_backward(dh, extra, u, row_weight, p, seed, scale)
+
+
+# -- blocks of attention -------------------------------------------------------------------------------------------
+# Tensors are [rows, tokens, heads, D], cut into blocks of `window` tokens. A pair is two blocks of a row, one after the
+# other; there are P. Of the later all tokens but the last take part, of the earlier all but the first, both backwards.
+
+
+def reverse_blocks(
+    late: Sequence[Tensor], early: Sequence[Tensor], window: int, log_sum: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Of each of `late` (one to three alike) the later blocks of all pairs backwards, of each of `early` (two alike)
+    the earlier ones, [P, window - 1, heads, D]; with log_sum float32 [rows * blocks, heads, window] also the later
+    blocks of that, [P, heads, window - 1]."""
+    return (_kernels("blocks") if use_triton(late[0]) else twins).reverse_blocks(late, early, window, log_sum)
+
+
+def merge_blocks(own: Tensor, own_sum: Tensor, before: Tensor, before_sum: Tensor) -> Tensor:
+    """Put two halves of a softmax together: what each token of `own`, contiguous, got from its own block, and what it
+    got from the block before, [P, window - 1, heads, D] backwards. The sums are the logarithms of their denominators,
+    [rows * blocks, heads, window] and [P, heads, window - 1]. Changes `own` and returns that of the whole, like
+    own_sum."""
+    return (_kernels("blocks") if use_triton(own) else twins).merge_blocks(own, own_sum, before, before_sum)
+
+
+def add_reversed(dq: Tensor, dk: Tensor, dv: Tensor, turned: Sequence[Tensor], window: int) -> None:
+    """Add `turned`, three [P, window - 1, heads, D] backwards, to the later blocks of dq and the earlier ones of dk and
+    dv, all contiguous and in place."""
+    (_kernels("blocks") if use_triton(dq) else twins).add_reversed(dq, dk, dv, turned, window)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -175,6 +226,20 @@ def combine(
     The sum is in float32 and in the order of j, so it is the same every time; it is rounded before `add`, as where the
     stock model adds the shared experts."""
     return (_kernels("moe") if use_triton(y) else twins).combine(y, inverse, weights, add, y2, scale2)
+
+
+# -- experts' adapters ---------------------------------------------------------------------------------------------
+
+
+def fill_b(b: Tensor, out: Tensor) -> None:
+    """Write B [E, o, r], of any strides, into `out` [E, o, R], maybe a view of columns, and zeros behind the r-th. As
+    fast as it can be where b is a view of PEFT's factor [o, r * E], whose experts lie side by side."""
+    (_kernels("moe") if use_triton(out) and b.dtype == out.dtype else twins).fill_b(b, out)
+
+
+def join_b(b: Tensor) -> Tensor:
+    """B [E, o, r] as PEFT stores it, [o, r * E]: column i * E + e is column i of expert e."""
+    return (_kernels("moe") if use_triton(b) else twins).join_b(b)
 
 
 # -- routing -------------------------------------------------------------------------------------------------------

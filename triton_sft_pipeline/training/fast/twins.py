@@ -7,6 +7,7 @@ function beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -137,6 +138,19 @@ def gate_mul_backward(dy: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor) ->
     return wide.to(o.dtype)
 
 
+def gate_mul_dropout(
+    o: Tensor, gate: Tensor, p: float, seed: int | Tensor, both: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    y = gate_mul(o, gate)
+    return y if both else None, dropout(y, p, seed)
+
+
+def gate_mul_dropout_backward(
+    dy: Tensor, extra: Tensor, o: Tensor, gate: Tensor, dgate_out: Tensor, p: float, seed: int | Tensor
+) -> Tensor:
+    return gate_mul_backward(dropout(_wide(extra), p, seed, _wide(dy)), o, gate, dgate_out).to(o.dtype)
+
+
 def swiglu(u: Tensor, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     if add is not None:
         u.add_(add)
@@ -156,6 +170,47 @@ def swiglu_backward(dh: Tensor, u: Tensor, row_weight: Tensor | None = None) -> 
     share = torch.sigmoid(gate)
     dgate = grad * up * share * (1 + gate * (1 - share))
     return torch.cat((dgate, grad * gate * share), dim=-1).to(u.dtype), h, drow
+
+
+# -- blocks of attention -------------------------------------------------------------------------------------------
+
+
+def _later(tensor: Tensor, window: int) -> Tensor:
+    """All blocks but the first of a row without their last token, a view."""
+    return tensor.unflatten(1, (-1, window))[:, 1:, :-1]
+
+
+def _earlier(tensor: Tensor, window: int) -> Tensor:
+    """All blocks but the last of a row without their first token, a view."""
+    return tensor.unflatten(1, (-1, window))[:, :-1, 1:]
+
+
+def reverse_blocks(
+    late: Sequence[Tensor], early: Sequence[Tensor], window: int, log_sum: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    cut = [_later(t, window) for t in late] + [_earlier(t, window) for t in early]
+    turned = tuple(t.flatten(0, 1).flip(1) for t in cut)
+    if log_sum is None:
+        return turned
+    return *turned, log_sum.unflatten(0, (len(late[0]), -1))[:, 1:, :, :-1].flatten(0, 1).flip(-1)
+
+
+def merge_blocks(own: Tensor, own_sum: Tensor, before: Tensor, before_sum: Tensor) -> Tensor:
+    late = _later(own, own_sum.shape[-1])
+    turned = before.flip(1).view(late.shape)
+    merged_sum = own_sum.clone()
+    # [rows, blocks, heads, tokens]
+    sums = merged_sum.unflatten(0, (len(own), -1))[:, 1:, :, :-1]
+    others = before_sum.flip(-1).view(sums.shape)
+    share = torch.sigmoid(others - sums).transpose(-1, -2)[..., None]
+    late.copy_(_wide(late) + (_wide(turned) - _wide(late)) * share)
+    sums.copy_(torch.logaddexp(sums, others))
+    return merged_sum
+
+
+def add_reversed(dq: Tensor, dk: Tensor, dv: Tensor, turned: Sequence[Tensor], window: int) -> None:
+    for target, source in zip((_later(dq, window), _earlier(dk, window), _earlier(dv, window)), turned, strict=True):
+        target += source.flip(1).view(target.shape)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -225,11 +280,10 @@ def swiglu_dropout(u: Tensor, p: float, seed: int | Tensor, out: Tensor | None =
 
 
 def swiglu_dropout_backward(
-    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor, p: float, seed: int | Tensor, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    dh: Tensor, extra: Tensor, u: Tensor, row_weight: Tensor | None, p: float, seed: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
     total = dropout(_wide(extra), p, seed, _wide(dh), scale)
     du, h, drow = swiglu_backward(total, u, row_weight)
-    assert drow is not None  # with a row weight there is one
     return du, dropout(h, p, seed), drow
 
 
@@ -262,6 +316,20 @@ def combine(
     assert total is not None
     rounded = total.to(y.dtype)
     return rounded if add is None else rounded + add
+
+
+# -- experts' adapters ---------------------------------------------------------------------------------------------
+
+
+def fill_b(b: Tensor, out: Tensor) -> None:
+    rank = b.shape[-1]
+    out[..., :rank].copy_(b)
+    if out.shape[-1] > rank:
+        out[..., rank:].zero_()
+
+
+def join_b(b: Tensor) -> Tensor:
+    return b.permute(1, 2, 0).reshape(b.shape[1], -1)
 
 
 # -- routing -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sft_pipeline.training.fast import kernels_moe, kernels_nf4, kernels_norm, kernels_rows, twins
+from triton_sft_pipeline.training.fast import (
+    kernels_blocks,
+    kernels_moe,
+    kernels_nf4,
+    kernels_norm,
+    kernels_rows,
+    twins,
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,24 @@ def gates(size: Size) -> None:
     close(mine, out, size)
 
 
+def dropped_gates(size: Size) -> None:
+    """Also a width that is no multiple of the eight lanes."""
+    for width in (size.heads * size.head_dim, size.heads * size.head_dim + 3):
+        o, dy, extra = (size.normal(size.tokens, width, seed=seed) for seed in range(3))
+        gate = size.columns(size.tokens, width, seed=3)
+        for p, seed in ((0.05, 2**31 - 1), (0.5, torch.tensor([2**40 + 3], device=size.device))):
+            expected = twins.gate_mul_dropout(o, gate, p, seed)
+            mine = kernels_rows.gate_mul_dropout(o, gate, p, seed)
+            close(mine, expected, size)
+            assert torch.equal(mine[1] == 0, expected[1] == 0), "another mask than the twin's"
+            alone = kernels_rows.gate_mul_dropout(o, gate, p, seed, both=False)
+            assert alone[0] is None and torch.equal(alone[1], mine[1])
+            wide, out = torch.full_like(gate, 3.0), torch.full_like(gate, 3.0)
+            grad = kernels_rows.gate_mul_dropout_backward(dy, extra, o, gate, wide, p, seed)
+            close(grad, twins.gate_mul_dropout_backward(dy, extra, o, gate, out, p, seed), size)
+            close(wide, out, size)
+
+
 def swiglus(size: Size) -> None:
     rows = size.tokens * size.chosen
     u, add = size.normal(rows, 2 * size.inner), size.normal(rows, 2 * size.inner, seed=1)
@@ -166,6 +191,8 @@ def dropped_swiglus(size: Size) -> None:
             *rows_expected, sum_expected = twins.swiglu_dropout_backward(*arguments)
             close((du, dropped), tuple(rows_expected), size)
             close(drow / inner**0.5, sum_expected / inner**0.5, size)
+            plain = dh, extra, u, None, p, seed, 0.5
+            close(kernels_rows.swiglu_dropout_backward(*plain), twins.swiglu_dropout_backward(*plain), size)
 
 
 def masks(size: Size) -> None:
@@ -217,6 +244,54 @@ def combines(size: Size) -> None:
         for p, seed in ((0.05, 2**31 - 1), (0.5, torch.tensor([2**40 + 3], device=size.device))):
             mine = kernels_moe.combine_dropout(y, inverse, y2, p, seed)
             close(mine, twins.combine_dropout(y, inverse, y2, p, seed), size)
+
+
+def factors(size: Size) -> None:
+    """B of the experts, to the place beside the weights and back into PEFT's layout."""
+    for rank in (3, 8, 17):
+        stored = size.normal(size.hidden, rank * size.experts, seed=rank)
+        b = stored.view(size.hidden, rank, size.experts).permute(2, 0, 1)
+        padded = -(-rank // 8) * 8
+        wide, expected = (
+            torch.full((size.experts, size.hidden, padded + 16), 3.0, dtype=size.dtype, device=size.device)
+            for _ in range(2)
+        )
+        kernels_moe.fill_b(b, wide[..., 8 : 8 + padded])
+        twins.fill_b(b, expected[..., 8 : 8 + padded])
+        assert torch.equal(wide, expected)
+        assert torch.equal(kernels_moe.join_b(wide[..., 8 : 8 + rank]), stored)
+        assert torch.equal(twins.join_b(b), stored)
+        assert torch.equal(kernels_moe.join_b(b.contiguous()), stored)
+
+
+def windows(size: Size) -> None:
+    """Blocks of attention: two rows of three blocks, v as columns of a wider tensor."""
+    window = size.tokens // 4 if size.tokens >= 512 else 4
+    shape, kv = (2, 3 * window, size.heads, size.head_dim), (2, 3 * window, size.kv_heads, size.head_dim)
+    q, grad, out = (size.normal(*shape, seed=seed) for seed in range(3))
+    k = size.normal(*kv, seed=3)
+    v = size.columns(6 * window, size.kv_heads * size.head_dim, seed=4).unflatten(1, kv[2:]).unflatten(0, kv[:2])
+    sums = size.normal(6, size.heads, window, seed=5, dtype=torch.float32)
+    for late, log_sum in (((q,), None), ((grad, q, out), sums), ((grad, q), sums)):
+        found = kernels_blocks.reverse_blocks(late, (k, v), window, log_sum)
+        expected = twins.reverse_blocks(late, (k, v), window, log_sum)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and torch.equal(one, other)
+
+    before = size.normal(4, window - 1, *shape[2:], seed=6)
+    before_sum = size.normal(4, size.heads, window - 1, seed=7, dtype=torch.float32)
+    before_sum[0, 0, 0], before_sum[1, 0, 0] = 200.0, -200.0
+    mine, theirs, sums_before = q.clone(), q.clone(), sums.clone()
+    merged = kernels_blocks.merge_blocks(mine, sums, before, before_sum)
+    close(merged, twins.merge_blocks(theirs, sums, before, before_sum), size)
+    close(mine, theirs, size)
+    assert torch.equal(sums, sums_before)
+
+    gradients = [(t.clone(), t.clone()) for t in (q, k, v.contiguous())]
+    turned = twins.reverse_blocks((grad,), (k, v), window)
+    kernels_blocks.add_reversed(*(pair[0] for pair in gradients), turned, window)
+    twins.add_reversed(*(pair[1] for pair in gradients), turned, window)
+    close(tuple(pair[0] for pair in gradients), tuple(pair[1] for pair in gradients), size)
 
 
 def routers(size: Size) -> None:
@@ -277,7 +352,22 @@ def weights(size: Size) -> None:
 
 CASES: dict[str, Callable[[Size], None]] = {
     case.__name__: case
-    for case in (norms, heads, gates, swiglus, dropped_swiglus, masks, gathers, combines, routers, sorts, weights)
+    for case in (
+        norms,
+        heads,
+        gates,
+        dropped_gates,
+        swiglus,
+        dropped_swiglus,
+        masks,
+        gathers,
+        combines,
+        factors,
+        windows,
+        routers,
+        sorts,
+        weights,
+    )
 }
 
 TRINITY = Size(

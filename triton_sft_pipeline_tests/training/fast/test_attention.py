@@ -88,7 +88,7 @@ def test_a_row_begins_a_document_whatever_its_first_position() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("window", [None, 100, 512])
+@pytest.mark.parametrize("window", [None, 100, 128, 512])
 @pytest.mark.parametrize("lengths", [[512], [256, 256], [300, 12, 200], [500]], ids=["one", "two", "three", "odd"])
 def test_flash_kernels_agree_with_masked_attention(window: int | None, lengths: list[int]) -> None:
     q, k, v, grad = random_inputs(sum(lengths), torch.bfloat16, "cuda", 128)

@@ -56,6 +56,8 @@ def test_output_denominator_and_gradients_are_those_of_a_mask(rows: int, tokens:
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     expected, expected_sum, _ = attention.flash(*flat, window, None, tokens)
     torch.testing.assert_close(out.flatten(0, 1), expected)
+    if window is not None and window < tokens:
+        log_sum = log_sum.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(log_sum, expected_sum.unflatten(1, (rows, -1)).transpose(0, 1))
     expected_gradients = attention.flash_backward(
         grad.flatten(0, 1), *flat, expected, expected_sum, None, window, None, tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.afmoe.configuration_afmoe import AfmoeConfig
 from transformers.models.afmoe.modeling_afmoe import AfmoeRMSNorm, AfmoeTokenChoiceRouter, apply_rotary_pos_emb
 
-from triton_sft_pipeline.training.fast import kernels_moe, kernels_nf4, kernels_norm, kernels_rows, ops
+from triton_sft_pipeline.training.fast import kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows, ops
 from triton_sft_pipeline_tests.training.fast.kernel_cases import CASES, SMALL
 
 EPS = 1e-5
@@ -114,6 +114,23 @@ def test_the_gate_and_its_gradients_are_autograds_on_a_view_of_columns() -> None
     same(out, dwide)
 
 
+def test_a_gate_with_dropout_behind_it_and_its_gradients_are_autograds() -> None:
+    o, gate = normal(5, 32).requires_grad_(), normal(5, 32, seed=1).requires_grad_()
+    dy, extra = normal(5, 32, seed=2), normal(5, 32, seed=3)
+    y = o * torch.sigmoid(gate)
+    mask = (ops.dropout(torch.ones_like(dy), 0.3, 9) > 0).double()
+    whole, dropped = ops.gate_mul_dropout(o.detach(), gate.detach(), 0.3, 9)
+    assert whole is not None
+    same(whole, y.detach())
+    same(dropped, (mask * y / 0.7).detach())
+    alone = ops.gate_mul_dropout(o.detach(), gate.detach(), 0.3, 9, both=False)
+    assert alone[0] is None and torch.equal(alone[1], dropped)
+    expected = torch.autograd.grad((y * dy + mask * y / 0.7 * extra).sum(), [o, gate])
+    out = torch.zeros(5, 32, dtype=torch.float64)
+    same(ops.gate_mul_dropout_backward(dy, extra, o.detach(), gate.detach(), out, 0.3, 9), expected[0])
+    same(out, expected[1])
+
+
 def test_swiglu_and_its_gradients_are_autograds_with_and_without_a_weight_for_each_row() -> None:
     u, dh, weight = normal(6, 64).requires_grad_(), normal(6, 32, seed=1), normal(6, seed=2).requires_grad_()
     h = torch.nn.functional.silu(u[:, :32]) * u[:, 32:]
@@ -152,11 +169,14 @@ def test_gradients_of_swiglu_with_dropout_behind_it_are_autograds() -> None:
     h = torch.nn.functional.silu(u[:, :32]) * u[:, 32:]
     mask = (ops.dropout(torch.ones_like(dh), 0.3, 9) > 0).double()
     outputs = weight[:, None] * (h * dh + 0.5 * mask * h / 0.7 * extra)
-    expected = torch.autograd.grad(outputs.sum(), [u, weight])
+    expected = torch.autograd.grad(outputs.sum(), [u, weight], retain_graph=True)
     du, dropped, drow = ops.swiglu_dropout_backward(dh, extra, u.detach(), weight.detach(), 0.3, 9, 0.5)
     same(du, expected[0])
     same(dropped, (mask * h / 0.7).detach())
     same(drow, expected[1])
+    du, again, none = ops.swiglu_dropout_backward(dh, extra, u.detach(), None, 0.3, 9, 0.5)
+    same(du, torch.autograd.grad((h * dh + 0.5 * mask * h / 0.7 * extra).sum(), [u])[0])
+    assert none is None and torch.equal(again, dropped)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -262,6 +282,19 @@ def test_routes_are_sorted_stably_with_the_way_back_and_the_ends_of_every_expert
     assert offsets.tolist() == [2, 2, 2, 5, 5, 6] and offsets.dtype == torch.int32
 
 
+# -- experts' adapters ---------------------------------------------------------------------------------------------
+
+
+def test_second_factors_go_beside_the_weights_and_back_into_pefts_layout() -> None:
+    stored = normal(5, 3 * 4)
+    beside = torch.full((4, 5, 9), 7.0, dtype=torch.float64)
+    ops.fill_b(stored.view(5, 3, 4).permute(2, 0, 1), beside[..., 4:8])
+    for expert in range(4):
+        assert torch.equal(beside[expert, :, 4:7], stored[:, expert::4])
+    assert (beside[..., 7] == 0).all() and (beside[..., [0, 1, 2, 3, 8]] == 7).all()
+    assert torch.equal(ops.join_b(beside[..., 4:7]), stored)
+
+
 # -- four bits -----------------------------------------------------------------------------------------------------
 
 
@@ -322,11 +355,11 @@ def test_a_kernel_computes_what_its_twin_does(interpreted: dict[str, str], case:
 def test_every_kernel_compiles_for_an_h100_at_the_models_sizes(tmp_path: Path) -> None:
     found = kernel_cases("compile", {"TRITON_CACHE_DIR": str(tmp_path)})
     assert not [failure for failure in found.values() if failure]
-    kernels = (kernels_moe, kernels_nf4, kernels_norm, kernels_rows)
+    kernels = (kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows)
     launched = {
         name
         for module in kernels
         for name, value in vars(module).items()
         if f"    {name}[" in inspect.getsource(module)
     }
-    assert launched <= set(found) and len(launched) >= 18
+    assert launched <= set(found) and len(launched) >= 25

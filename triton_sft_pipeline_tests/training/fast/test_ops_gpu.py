@@ -50,12 +50,21 @@ def test_no_operation_waits_for_the_device() -> None:
     scales = torch.zeros(2, 128, device="cuda")
     out = torch.empty(2, 128, 64, dtype=torch.bfloat16, device="cuda")
     ops.dequantize(codes, scales, None, None, "nf4", out)  # makes the tables of this device, once
+    heads, sums = x.view(1, 1024, 16, 128), torch.zeros(4, 16, 256, device="cuda")
+    wide = torch.empty(4, 64, 80, dtype=torch.bfloat16, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         _, inverse, tokens, _ = ops.sort_routes(index, 128)
         rows, _ = ops.gather(x, tokens, 0.05, 3)
         ops.combine(rows, inverse, weights)
         ops.dequantize(codes, scales, None, None, "nf4", out)
+        *turned, turned_sums = ops.reverse_blocks((heads,), (heads, heads), 256, sums)
+        ops.merge_blocks(heads, sums, turned[0], turned_sums)
+        ops.add_reversed(heads, heads.clone(), heads.clone(), turned, 256)
+        ops.fill_b(x[:64, :32].view(64, 8, 4).permute(2, 0, 1), wide[..., 64:])
+        ops.join_b(wide[..., 64:72])
+        dropped = ops.gate_mul_dropout(x, x, 0.05, 3)[1]
+        ops.gate_mul_dropout_backward(dropped, dropped, x, x, torch.empty_like(x), 0.05, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
