@@ -25,6 +25,7 @@ BUCKETS = (ATTENTION, EXPERTS, LINEARS, DEQUANTISE, LORA, ELEMENTWISE, ROUTING, 
 
 WARMUP, TIMED = 3, 5
 
+_ADAPTERS = re.compile(r"dropout|\b_(shrink|expand|outer|fill_b|join_b)\b")
 _PRODUCTS = re.compile(r"^aten::(_grouped_mm|grouped_mm|mm|addmm_?|bmm|baddbmm_?|mv|addmv_?)$")
 _PRODUCT_KERNEL = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk", re.I)
 _ROUTING = re.compile(r"sort|radix|topk|top_k|bitonic|scan|histc|histogram|rout|gather|scatter|combine|index", re.I)
@@ -210,7 +211,7 @@ def bucket(launch: Launch, narrow: int, vocabulary: int) -> str:
             return LORA
         grouped = (product and "grouped" in product.name) or re.search("group", launch.name, re.I)
         return EXPERTS if grouped else LINEARS
-    if "dropout" in text or any(name == "aten::native_dropout" for name in names):
+    if _ADAPTERS.search(text) or any(name == "aten::native_dropout" for name in names):
         return LORA
     if _ROUTING.search(text) and "elementwise_kernel_with_index" not in text:
         return ROUTING

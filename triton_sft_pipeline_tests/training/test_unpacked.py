@@ -64,15 +64,17 @@ def test_on_a_cpu_layers_stay_packed(model: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_answers_in_batches_are_those_of_packed_layers_to_the_bit(model: Any) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 384])
+def test_on_a_gpu_answers_are_those_of_packed_layers_up_to_rounding(model: Any, rows: int) -> None:
+    """For few rows bitsandbytes has products of its own, which add in another order."""
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     model = model.to("cuda").eval()
-    x = torch.randn(7, 128, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         before = model["b"](x)
         with unpacked_linears(model) as count:
             assert count == 2
-            assert torch.equal(model["b"](x), before)
+            torch.testing.assert_close(model["b"](x), before, rtol=1e-2, atol=1e-2)

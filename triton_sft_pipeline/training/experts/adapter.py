@@ -178,11 +178,6 @@ def join_a(a: Tensor) -> Tensor:
     return a.reshape(-1, a.shape[-1])
 
 
-def join_b(b: Tensor) -> Tensor:
-    """[E, out, r] -> [out, r * E]: the inverse of `split_b`."""
-    return b.permute(1, 2, 0).reshape(b.shape[1], -1)
-
-
 def wrap_experts(model: nn.Module, config: LoraConfig, adapter_name: str) -> int:
     """Put adapters around the packed experts of `model`, on each tensor that `config.target_parameters` names.
 

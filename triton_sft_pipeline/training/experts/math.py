@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from triton_sft_pipeline.training.fast import ops
+from triton_sft_pipeline.training.fast.products import grouped
 
 _ROW_BYTES = 16
 """torch's grouped products want rows of whole 16 bytes."""
@@ -117,12 +118,12 @@ def up_again(
         gathered, dropped = ops.gather(x, routes.tokens, lora.dropout, lora.seed, inside)
     else:
         gathered = dropped = ops.gather(x, routes.tokens, out=inside)
-    t = grouped(dropped, _t(lora.a), routes.offsets).mul_(lora.scale)
+    t = ops.shrink(dropped, _t(lora.a), routes.offsets, lora.scale)
     if rows is not None:
         rows[:, width:].copy_(t)
         return grouped(rows, _t(w1), routes.offsets), t, dropped
     u = grouped(gathered, _t(plain), routes.offsets)
-    return u.add_(grouped(t, _t(lora.b), routes.offsets)), t, dropped
+    return u.add_(ops.expand(t, _t(lora.b), routes.offsets)), t, dropped
 
 
 def down(
@@ -146,13 +147,14 @@ def down(
         h, dropped = ops.swiglu_dropout(u, lora.dropout, lora.seed, inside)
     else:
         h = dropped = ops.swiglu(u, out=inside)
-    t = grouped(dropped, _t(lora.a), routes.offsets)
-    del dropped
     if rows is not None:
-        torch.mul(t, lora.scale, out=rows[:, inner:])
+        ops.shrink(dropped, _t(lora.a), routes.offsets, lora.scale, rows[:, inner:])
+        del dropped
         return ops.combine(grouped(rows, _t(w2), routes.offsets), routes.inverse, weights, add)
+    t = ops.shrink(dropped, _t(lora.a), routes.offsets)
+    del dropped
     y = grouped(h, _t(plain), routes.offsets)
-    delta = grouped(t, _t(lora.b), routes.offsets)
+    delta = ops.expand(t, _t(lora.b), routes.offsets)
     return ops.combine(y, routes.inverse, weights, add, y2=delta, scale2=lora.scale)
 
 
@@ -175,8 +177,8 @@ def down_backward(
         return du, drow[routes.inverse], None, None
     rank = lora.a.shape[1]
     plain, lora = _prepared(w2, u.shape[1] // 2, lora)
-    q = grouped(g, lora.b, routes.offsets)
-    dh, extra = grouped(g, plain, routes.offsets), grouped(q, lora.a, routes.offsets)
+    q = ops.shrink(g, lora.b, routes.offsets)
+    dh, extra = grouped(g, plain, routes.offsets), ops.expand(q, lora.a, routes.offsets)
     if lora.dropout:
         du, dropped, drow = ops.swiglu_dropout_backward(
             dh, extra, u, row_weights, lora.dropout, lora.seed, scale=lora.scale
@@ -184,10 +186,10 @@ def down_backward(
     else:
         du, dropped, drow = _swiglu_backward(dh.add_(extra, alpha=lora.scale), u, row_weights)
     del dh, extra
-    t = grouped(dropped, _t(lora.a), routes.offsets)
+    t = ops.shrink(dropped, _t(lora.a), routes.offsets)
     scaled = (row_weights * lora.scale)[:, None]
-    da = grouped((q * scaled).to(q.dtype).t(), dropped, routes.offsets)
-    db = grouped(g.t(), (t * scaled).to(t.dtype), routes.offsets)
+    da = ops.outer((q * scaled).to(q.dtype), dropped, routes.offsets)
+    db = ops.outer(g, (t * scaled).to(t.dtype), routes.offsets)
     return du, drow[routes.inverse], da[:, :rank], db[..., :rank]
 
 
@@ -211,16 +213,16 @@ def up_backward(
         return ops.combine(grouped(du, w1, routes.offsets), routes.inverse, None), None, None
     rank = lora.a.shape[1]
     plain, lora = _prepared(w1, x.shape[1], lora)
-    q = grouped(du, lora.b, routes.offsets).mul_(lora.scale)
-    db = grouped(du.t(), t, routes.offsets)
+    q = ops.shrink(du, lora.b, routes.offsets, lora.scale)
+    db = ops.outer(du, t, routes.offsets)
     if dropped is None:
         made = ops.gather(x, routes.tokens, lora.dropout, lora.seed)
         dropped = made[1] if lora.dropout else made
         del made
-    da = grouped(q.t(), dropped, routes.offsets)
+    da = ops.outer(q, dropped, routes.offsets)
     # Rows of the input's size are the largest there are: two at a time.
     del dropped
-    rows, extra = grouped(du, plain, routes.offsets), grouped(q, lora.a, routes.offsets)
+    rows, extra = grouped(du, plain, routes.offsets), ops.expand(q, lora.a, routes.offsets)
     if lora.dropout:
         dx = ops.combine_dropout(rows, routes.inverse, extra, lora.dropout, lora.seed)
     else:
@@ -240,13 +242,6 @@ def widened(width: int, rank: int, dtype: torch.dtype) -> tuple[int, int]:
     """
     columns = width + _up_to(rank, _ROW_BYTES // dtype.itemsize)
     return columns, (_up_to(columns, _LINE_BYTES // dtype.itemsize) if rank else width)
-
-
-def fill_b(weight: Tensor, width: int, b: Tensor) -> None:
-    """Write B [E, out, r], of any strides, behind the first `width` columns of a widened weight, then zeros."""
-    weight[..., width : width + b.shape[-1]].copy_(b)
-    if weight.shape[-1] > width + b.shape[-1]:
-        weight[..., width + b.shape[-1] :].zero_()
 
 
 def _up_to(number: int, multiple: int) -> int:
@@ -274,28 +269,7 @@ def _prepared(weight: Tensor, width: int, lora: Factors) -> tuple[Tensor, Factor
     return weight, replace(lora, a=a, b=functional.pad(b, (0, missing)) if missing else b)
 
 
-# -- products ------------------------------------------------------------------------------------------------------
-
-
-def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Matrix products of groups of rows: `a` [S, m] with `b` [E, m, n] gives [S, n]; `a` [m, S] with `b` [S, n] gives
-    [E, m, n]. `offsets` [E] says where each group of S ends; a group without rows gives zeros.
-
-    torch's grouped product where it takes the tensors, otherwise one product after the other (on CPUs for float64).
-    """
-    product = getattr(functional, "grouped_mm", None)
-    if product is not None and a.dtype != torch.float64:
-        result: Tensor = product(a, b, offs=offsets)
-        return result
-    return _grouped_loop(a, b, offsets)
-
-
-def _grouped_loop(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets.tolist()
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    if b.dim() == 2:
-        return torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
-    return torch.cat([a[start:end] @ b[e] for e, (start, end) in enumerate(spans)])
+# -- the whole block -----------------------------------------------------------------------------------------------
 
 
 def experts(

@@ -35,10 +35,18 @@ def use_triton(tensor: Tensor) -> bool:
 @cache
 def _kernels(name: str) -> ModuleType:
     """Imported at the first use: a process without a GPU never loads Triton."""
-    from triton_sft_pipeline.training.fast import kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows
+    from triton_sft_pipeline.training.fast import (
+        kernels_blocks,
+        kernels_factors,
+        kernels_moe,
+        kernels_nf4,
+        kernels_norm,
+        kernels_rows,
+    )
 
     return {
         "blocks": kernels_blocks,
+        "factors": kernels_factors,
         "norm": kernels_norm,
         "rows": kernels_rows,
         "moe": kernels_moe,
@@ -240,6 +248,32 @@ def fill_b(b: Tensor, out: Tensor) -> None:
 def join_b(b: Tensor) -> Tensor:
     """B [E, o, r] as PEFT stores it, [o, r * E]: column i * E + e is column i of expert e."""
     return (_kernels("moe") if use_triton(b) else twins).join_b(b)
+
+
+def shrink(x: Tensor, w: Tensor, offsets: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scale * x w_e for the rows of every expert e, [S, r] in `out` when given, rounded once. x [S, K] is sorted by
+    expert, each one's rows end at offsets int32 [E]; w [E, K, r] has strides of any kind."""
+    return (_kernels("factors") if _narrow(x, w.shape[2]) else twins).shrink(x, w, offsets, scale, out)
+
+
+def expand(t: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """t w_e for the rows of every expert e, [S, n] for t [S, r] and w [E, r, n]; rows as in `shrink`."""
+    return (_kernels("factors") if _narrow(t, w.shape[1]) else twins).expand(t, w, offsets)
+
+
+def outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """x_e^T y_e over the rows of every expert e, [E, m, n] for x [S, m] and y [S, n], zeros for an expert without
+    rows; rows as in `shrink`. Made for one of them a few columns wide."""
+    return (_kernels("factors") if _narrow(x, min(x.shape[1], y.shape[1])) else twins).outer(x, y, offsets)
+
+
+NARROW = 64
+"""Columns up to which a factor counts as narrow: wider ones fill the tiles of a general product."""
+
+
+def _narrow(tensor: Tensor, rank: int) -> bool:
+    """Whether the kernels for factors take these. In float32 their tiles are too large for most GPUs."""
+    return use_triton(tensor) and tensor.element_size() == 2 and rank <= NARROW
 
 
 # -- routing -------------------------------------------------------------------------------------------------------

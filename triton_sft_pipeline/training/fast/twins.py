@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sft_pipeline.training.fast.products import grouped
+
 LANES = 8
 """Columns that share one call of Philox: 4 words of 32 bits give 8 draws of 16 bits."""
 
@@ -330,6 +332,24 @@ def fill_b(b: Tensor, out: Tensor) -> None:
 
 def join_b(b: Tensor) -> Tensor:
     return b.permute(1, 2, 0).reshape(b.shape[1], -1)
+
+
+# -- products with experts' factors --------------------------------------------------------------------------------
+
+
+def shrink(x: Tensor, w: Tensor, offsets: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    t = grouped(x, w, offsets)
+    if out is not None:
+        return torch.mul(t, scale, out=out)
+    return t.mul_(scale) if scale != 1.0 else t
+
+
+def expand(t: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return grouped(t, w, offsets)
+
+
+def outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return grouped(x.t(), y, offsets)
 
 
 # -- routing -------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from triton_sft_pipeline.training.experts.adapter import (
     ExpertAdapter,
     factors_of,
     join_a,
-    join_b,
     parameters_of,
     split_a,
     split_b,
     wrap_experts,
 )
 from triton_sft_pipeline.training.experts.module import PackedExperts
+from triton_sft_pipeline.training.fast import ops
 from triton_sft_pipeline_tests.training.experts.test_math import (
     EXPERTS,
     HIDDEN,
@@ -149,7 +149,7 @@ def test_factors_and_stored_weights_are_each_others_inverse() -> None:
     assert split_b(b, EXPERTS).shape == (EXPERTS, INTERMEDIATE, 2)
     assert split_b(b, EXPERTS).is_contiguous()
     assert torch.equal(join_a(split_a(a, EXPERTS)), a)
-    assert torch.equal(join_b(split_b(b, EXPERTS)), b)
+    assert torch.equal(ops.join_b(split_b(b, EXPERTS)), b)
 
 
 def test_the_weights_of_a_nest_are_the_parameters_in_pefts_order() -> None:

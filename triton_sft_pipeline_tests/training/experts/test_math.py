@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from triton_sft_pipeline.training.experts import math
-from triton_sft_pipeline.training.experts.math import Factors, Routes, experts, grouped, route
+from triton_sft_pipeline.training.experts.math import Factors, Routes, experts, route
 from triton_sft_pipeline.training.experts.module import PROJECTIONS, ExpertStorage, PackedExperts
 from triton_sft_pipeline.training.fast import ops
+from triton_sft_pipeline.training.fast.products import grouped
 from triton_sft_pipeline_tests.training.experts.packed import pack_in_place
 
 EXPERTS, CHOSEN, HIDDEN, INTERMEDIATE, RANK, TOKENS = 8, 2, 64, 64, 2, 40

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from triton_sft_pipeline.training.experts import math
 from triton_sft_pipeline.training.experts.math import Factors, route
+from triton_sft_pipeline.training.fast import ops
 from triton_sft_pipeline_tests.training.experts.test_math import EXPERTS, IDLE, assert_close, new_input
 
 
@@ -64,7 +65,7 @@ def _widened(weight: Tensor, factors: Factors) -> Tensor:
     columns, pitch = math.widened(width, rank, weight.dtype)
     wide = weight.new_full((*weight.shape[:-1], pitch), torch.nan)[..., :columns]
     wide[..., :width] = weight
-    math.fill_b(wide, width, factors.b)
+    ops.fill_b(factors.b, wide[..., width:])
     return wide
 
 

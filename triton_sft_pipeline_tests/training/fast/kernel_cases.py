@@ -20,6 +20,7 @@ from torch import Tensor
 
 from triton_sft_pipeline.training.fast import (
     kernels_blocks,
+    kernels_factors,
     kernels_moe,
     kernels_nf4,
     kernels_norm,
@@ -264,6 +265,35 @@ def factors(size: Size) -> None:
         assert torch.equal(kernels_moe.join_b(b.contiguous()), stored)
 
 
+def factor_products(size: Size) -> None:
+    """With experts without rows, and with one that has more of them than a tile."""
+    rows = size.tokens * size.chosen
+    each = torch.arange(size.experts) % 3
+    each = each * (rows // 2 // int(each.sum()))
+    each[-2] += rows - int(each.sum())
+    offsets = each.cumsum(0).to(torch.int32).to(size.device)
+    for rank, width in ((8, size.hidden), (24, size.inner), (64, size.hidden + 8)):
+        x = size.normal(rows, width, seed=rank)
+        a, b = size.normal(size.experts, rank, width, seed=1), size.normal(size.experts, width, rank + 8, seed=2)
+        turned, beside = a.transpose(1, 2), b[..., 8:]
+        narrow, wide = size.normal(rows, rank, seed=3), size.normal(rows, width + rank, seed=4)
+        for w in (turned, beside):
+            expected, mine = (backend.shrink(x, w, offsets) for backend in (twins, kernels_factors))
+            # Sums of as many products: their rounding grows with them.
+            close(mine / width**0.5, expected / width**0.5, size)
+            out = kernels_factors.shrink(x, w, offsets, 0.5, wide[:, width:])
+            close(out / width**0.5, twins.shrink(x, w, offsets, 0.5) / width**0.5, size)
+            assert torch.equal(out, wide[:, width:])
+        assert torch.equal(wide[:, :width], size.normal(rows, width + rank, seed=4)[:, :width])
+        for w in (a, beside.transpose(1, 2)):
+            close(kernels_factors.expand(narrow, w, offsets) / 8, twins.expand(narrow, w, offsets) / 8, size)
+        for one, other in ((wide[:, :width], narrow), (narrow, x)):
+            expected = twins.outer(one, other, offsets)
+            mine = kernels_factors.outer(one, other, offsets)
+            close(mine / rows**0.5, expected / rows**0.5, size)
+            assert torch.equal(mine[0], torch.zeros_like(mine[0]))
+
+
 def windows(size: Size) -> None:
     """Blocks of attention: two rows of three blocks, v as columns of a wider tensor."""
     window = size.tokens // 4 if size.tokens >= 512 else 4
@@ -363,6 +393,7 @@ CASES: dict[str, Callable[[Size], None]] = {
         gathers,
         combines,
         factors,
+        factor_products,
         windows,
         routers,
         sorts,
@@ -404,6 +435,25 @@ def _round_as_hardware_does() -> None:
     interpreter._convert_float = convert
 
 
+def _multiply_as_hardware_does() -> None:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 numbers as if they were integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(tensor: Any) -> Any:
+        if not tensor.dtype.scalar.is_bf16():
+            return tensor
+        numbers = torch.from_numpy(tensor.data.view("int16").copy()).view(torch.bfloat16)
+        return interpreter.TensorHandle(numbers.float().numpy(), tl.float32)
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(builder: Any, left: Any, right: Any, *arguments: Any) -> Any:
+        return plain(builder, widened(left), widened(right), *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 def _nothing(*_: Any) -> bool:
     return True
 
@@ -411,6 +461,7 @@ def _nothing(*_: Any) -> bool:
 def interpret() -> dict[str, str]:
     """Every case at every small size: what failed, by "case-size"."""
     _round_as_hardware_does()
+    _multiply_as_hardware_does()
     found = {}
     for name, case in CASES.items():
         for number, size in enumerate(SMALL):

@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers.models.afmoe.configuration_afmoe import AfmoeConfig
 from transformers.models.afmoe.modeling_afmoe import AfmoeRMSNorm, AfmoeTokenChoiceRouter, apply_rotary_pos_emb
 
-from triton_sft_pipeline.training.fast import kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows, ops
+from triton_sft_pipeline.training.fast import (
+    kernels_blocks,
+    kernels_factors,
+    kernels_moe,
+    kernels_nf4,
+    kernels_norm,
+    kernels_rows,
+    ops,
+)
 from triton_sft_pipeline_tests.training.fast.kernel_cases import CASES, SMALL
 
 EPS = 1e-5
@@ -295,6 +303,25 @@ def test_second_factors_go_beside_the_weights_and_back_into_pefts_layout() -> No
     assert torch.equal(ops.join_b(beside[..., 4:7]), stored)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_with_factors_are_one_product_an_expert(dtype: torch.dtype) -> None:
+    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    x, t = normal(7, 8, dtype=dtype), normal(7, 4, seed=1, dtype=dtype)
+    a, wide = normal(4, 4, 8, seed=2, dtype=dtype), torch.zeros(7, 16, dtype=dtype)
+    rows = [slice(0, 0), slice(0, 3), slice(3, 3), slice(3, 7)]
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    shrunk = torch.cat([0.5 * x[at] @ one.t() for at, one in zip(rows, a, strict=True)])
+    torch.testing.assert_close(ops.shrink(x, a.transpose(1, 2), offsets, 0.5), shrunk, **near)
+    assert ops.shrink(x, a.transpose(1, 2), offsets, 0.5, wide[:, 4:8]).data_ptr() == wide[:, 4:8].data_ptr()
+    torch.testing.assert_close(wide[:, 4:8], shrunk, **near)
+    assert not wide[:, :4].any() and not wide[:, 8:].any()
+    expanded = torch.cat([t[at] @ one for at, one in zip(rows, a, strict=True)])
+    torch.testing.assert_close(ops.expand(t, a, offsets), expanded, **near)
+    summed = torch.stack([x[at].t() @ t[at] for at in rows])
+    torch.testing.assert_close(ops.outer(x, t, offsets), summed, **near)
+    torch.testing.assert_close(ops.outer(t, x, offsets), summed.transpose(1, 2), **near)
+
+
 # -- four bits -----------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +382,7 @@ def test_a_kernel_computes_what_its_twin_does(interpreted: dict[str, str], case:
 def test_every_kernel_compiles_for_an_h100_at_the_models_sizes(tmp_path: Path) -> None:
     found = kernel_cases("compile", {"TRITON_CACHE_DIR": str(tmp_path)})
     assert not [failure for failure in found.values() if failure]
-    kernels = (kernels_blocks, kernels_moe, kernels_nf4, kernels_norm, kernels_rows)
+    kernels = (kernels_blocks, kernels_factors, kernels_moe, kernels_nf4, kernels_norm, kernels_rows)
     launched = {
         name
         for module in kernels

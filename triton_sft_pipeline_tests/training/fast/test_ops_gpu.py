@@ -63,6 +63,8 @@ def test_no_operation_waits_for_the_device() -> None:
         ops.add_reversed(heads, heads.clone(), heads.clone(), turned, 256)
         ops.fill_b(x[:64, :32].view(64, 8, 4).permute(2, 0, 1), wide[..., 64:])
         ops.join_b(wide[..., 64:72])
+        ends, factor = ops.sort_routes(index, 128)[3], x.view(128, 8, 2048)
+        ops.outer(ops.expand(ops.shrink(rows, factor.transpose(1, 2), ends), factor, ends), rows[:, :8], ends)
         dropped = ops.gate_mul_dropout(x, x, 0.05, 3)[1]
         ops.gate_mul_dropout_backward(dropped, dropped, x, x, torch.empty_like(x), 0.05, 3)
     finally:
