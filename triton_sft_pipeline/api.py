@@ -295,7 +295,7 @@ def answer(
     config, path = adapter_settings(Path(adapter) if adapter else None)
     settings = infer_settings(config.evaluation, best_of, temperature)
     check_adapter_fits(path, config.model)
-    with open_judge(settings, device) if best_of > 1 else nullcontext() as judge:
+    with open_judge(settings, device, [pytorch_code]) if best_of > 1 else nullcontext() as judge:
         model, tokenizer = load(config.model, path, progress=on_a_terminal())
         return infer(
             model, tokenizer, pytorch_code, settings, best_of=best_of, judge=judge, on_text=on_text, progress=progress

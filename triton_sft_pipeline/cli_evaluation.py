@@ -321,7 +321,11 @@ def _run(asker: Asker, plan: Plan, config: Config, out: Path, facts: dict[str, A
     from triton_sft_pipeline.evaluation.run import evaluate_splits
     from triton_sft_pipeline.progress import progress_bar
 
-    with open_judge(config.evaluation) as judge, progress_bar("answers and verdicts", resumes=True) as progress:
+    codes = (problem.pytorch_code for problems in plan.splits.values() for problem in problems)
+    with (
+        open_judge(config.evaluation, problems=codes) as judge,
+        progress_bar("answers and verdicts", resumes=True) as progress,
+    ):
         report = evaluate_splits(
             asker,
             plan.splits,

@@ -5,7 +5,7 @@ artifacts.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,15 +136,18 @@ class JudgeResource(dg.ConfigurableResource):
         return configured | {name: value for name in configured if (value := getattr(self, name)) not in (None, "")}
 
     @contextmanager
-    def open(self, config: Config) -> Iterator[KernelJudge]:
+    def open(self, config: Config, models: Sequence[str] = ()) -> Iterator[KernelJudge]:
         """A judge with these settings; none of its processes outlives the block.
+
+        Args:
+            models: repositories of the Hub that problems load; they are read from the local cache.
 
         Raises:
             PipelineError: a setting out of range, or no GPU where "cuda" was asked for.
         """
         from triton_sft_pipeline.verification import KernelJudge
 
-        with KernelJudge(**self.settings(config)) as judge:
+        with KernelJudge(**self.settings(config), models=models) as judge:
             yield judge
 
 

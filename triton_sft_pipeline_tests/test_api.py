@@ -191,7 +191,7 @@ def test_inference_has_the_options_of_the_command(asked: dict[str, Any]) -> None
     told: list[Any] = []
     options: dict[str, Any] = {"on_text": told.append, "progress": lambda done, total, note="": None}
     triton_sft_pipeline.inference(PROBLEM, str(asked["adapter"]), best_of=3, temperature=1.1, device="cpu", **options)
-    assert asked["judge"] == ("judge", (asked["settings"], "cpu")) and asked["best_of"] == 3
+    assert asked["judge"] == ("judge", (asked["settings"], "cpu", [PROBLEM])) and asked["best_of"] == 3
     assert (asked["settings"].samples, asked["settings"].temperature) == (3, 1.1)
     assert {name: asked[name] for name in options} == options
 

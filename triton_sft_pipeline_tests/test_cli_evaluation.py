@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from triton_sft_pipeline.config import data_dir, load_config
@@ -18,6 +19,7 @@ from triton_sft_pipeline.files import read_json, write_json
 from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
 from triton_sft_pipeline_tests.commands import Outcome, Run
 from triton_sft_pipeline_tests.evaluation.models import ScriptedModel, byte_tokenizer
+from triton_sft_pipeline_tests.problems.codes import LEVEL_4, cached
 
 PROBLEM = """import torch
 import torch.nn as nn
@@ -214,6 +216,22 @@ def test_the_judge_is_made_with_the_settings_of_the_evaluation(
     sets = ["--set", "evaluation.judge_trials=2", "--set", "evaluation.judge_device=cpu"]
     assert run("evaluate", "--problems", problems, "--out", "o", *sets).code == 0
     assert (judge.made[0]["trials"], judge.made[0]["device"]) == (2, "cpu")
+
+
+def test_models_that_problems_load_are_shown_to_the_judge_where_the_cache_holds_them(
+    run: Run, problems: Path, model: Answering, judge: type[FakeJudge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (problems / "4_model.py").write_text(LEVEL_4)
+    model.answers["lm-small", False] = "nothing"
+    assert run("evaluate", "--problems", problems, "--out", "without").code == 0
+    cached(tmp_path / "hub", "owner/lm-small", "config.json", "model.safetensors")
+    assert run("evaluate", "--problems", problems, "--out", "with").code == 0
+    assert [made["models"] for made in judge.made] == [[], ["owner/lm-small"]]
+    unusable = [
+        [problem["key"] for problem in read_json(Path(out, "report.json"))["unusable"]] for out in ("without", "with")
+    ]
+    assert unusable == [["3_broken", "4_model"], ["3_broken"]]
 
 
 def test_an_interrupted_evaluation_exits_130_and_goes_on_where_it_was(
@@ -477,7 +495,13 @@ class Serving:
     def facts(self) -> dict[str, Any]:
         return {"server": "here"}
 
-    def ask(self, model: str, requests: Iterable[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Iterable[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: Any = None,
+    ) -> None:
         for number, request in enumerate(requests):
             if number == self.dies_after:
                 raise StepError("the server went away; the same command goes on.")

@@ -34,9 +34,10 @@ def opened(monkeypatch: pytest.MonkeyPatch, resource: JudgeResource) -> dict[str
             made.append({"closed": True})
 
     monkeypatch.setattr("triton_sft_pipeline.verification.KernelJudge", Judge)
-    with resource.open(load_config(overrides=OVERRIDES)) as judge:
+    with resource.open(load_config(overrides=OVERRIDES), ["owner/name"]) as judge:
         assert isinstance(judge, Judge) and len(made) == 1
     assert made[1] == {"closed": True}
+    assert made[0].pop("models") == ["owner/name"]
     return made[0]
 
 

@@ -124,12 +124,14 @@ def _evaluate(
 ) -> dict[str, Any]:
     from triton_sft_pipeline.evaluation import LocalAsker
     from triton_sft_pipeline.evaluation.run import evaluate_splits
+    from triton_sft_pipeline.problems.weights import hub_models
     from triton_sft_pipeline.progress import progress_bar
 
     exam = problems_to_ask(settings, examinee)
+    models = hub_models(problem.pytorch_code for problems in exam.splits.values() for problem in problems)
     with (
         gpu.model(examinee.trained_with, examinee.adapter.path) as (model, tokenizer),
-        judge.open(settings) as opened,
+        judge.open(settings, models) as opened,
         progress_bar("answers and verdicts", show=gpu.progress, resumes=True) as progress,
     ):
         return evaluate_splits(

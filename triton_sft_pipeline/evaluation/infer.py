@@ -6,7 +6,7 @@ judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from triton_sft_pipeline.chat.prompt import parse_answer, user_message
 from triton_sft_pipeline.errors import PipelineError, StepError
 from triton_sft_pipeline.evaluation.evaluate import Judge, unparsed
 from triton_sft_pipeline.evaluation.generation import Completion, Request, generate
+from triton_sft_pipeline.evaluation.meter import Meter
 from triton_sft_pipeline.evaluation.sampling import request_seed
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 from triton_sft_pipeline.files import sha256_bytes
@@ -77,7 +78,7 @@ def infer(
         best_of: answers to choose from.
         judge: decides about several; the caller opens and closes it.
         on_text: called with pieces of the text as they are generated; of one answer alone.
-        progress: called with (steps done, steps in all): of several answers each is two, generated and judged.
+        progress: called with (steps done, steps in all, note): of several answers each is two, generated and judged.
 
     Raises:
         PipelineError: the code is no Python, or several answers without a judge.
@@ -94,18 +95,17 @@ def infer(
         return Inference(only.text, parse_answer(only.text).code)
     if judge is None:
         raise PipelineError("several answers need a judge to choose between them.")
-    steps = 0
-
-    def advance() -> None:
-        nonlocal steps
-        steps += 1
-        if progress:
-            progress(steps, 2 * best_of)
-
-    if progress:
-        progress(0, 2 * best_of)
-    completions = generate(model, tokenizer, requests, settings, on_completion=lambda _: advance())
-    candidates = _judged(pytorch_code, completions, judge, advance)
+    meter = Meter(best_of, 0, 0, settings.max_new_tokens, progress)
+    completions = generate(
+        model,
+        tokenizer,
+        requests,
+        settings,
+        on_completion=lambda completion: meter.generated(completion.tokens),
+        on_tokens=meter.running,
+    )
+    meter.judging()
+    candidates = _judged(pytorch_code, completions, judge, meter.judged)
     best = fastest_correct(candidates)
     if best is None:
         return Inference(candidates[0].completion.text, None, None, tuple(candidates))
@@ -149,15 +149,22 @@ def judge_options(settings: EvaluationSettings, device: str | None = None) -> di
     }
 
 
-def open_judge(settings: EvaluationSettings, device: str | None = None) -> AbstractContextManager[KernelJudge]:
+def open_judge(
+    settings: EvaluationSettings, device: str | None = None, problems: Iterable[str] = ()
+) -> AbstractContextManager[KernelJudge]:
     """A judge with these settings, as a context manager that leaves no process behind.
+
+    Args:
+        problems: the code of what will be judged; models of the Hub that it loads can be read there from the local
+            cache.
 
     Raises:
         PipelineError: a setting out of range; on entering the block, no GPU where "cuda" was asked for.
     """
+    from triton_sft_pipeline.problems.weights import hub_models
     from triton_sft_pipeline.verification import KernelJudge
 
-    return KernelJudge(**judge_options(settings, device))
+    return KernelJudge(**judge_options(settings, device), models=hub_models(problems))
 
 
 def require_python(pytorch_code: str) -> None:

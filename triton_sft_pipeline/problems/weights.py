@@ -8,7 +8,8 @@ is a constant somewhere else in the file. Names are followed through assignments
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def missing_weights(pytorch_code: str) -> str | None:
     )
 
 
+def hub_models(codes: Iterable[str]) -> list[str]:
+    """The repositories of the Hub that problems load, by name, each once; code that does not parse loads nothing.
+
+    Args:
+        codes: the problems' modules.
+    """
+    names: set[str] = set()
+    for code in codes:
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            names |= {need.name for need in needed_weights(code) if need.what != "download" and _is_name(need.name)}
+    return sorted(names)
+
+
 def needed_weights(pytorch_code: str) -> list[Needed]:
     """What a problem loads from outside, in the order of its code.
 
@@ -105,6 +119,11 @@ def _what(of: str) -> str:
 def _asks(value: ast.expr | None) -> bool:
     """Whether `weights=...` or `pretrained=...` asks for weights."""
     return value is not None and not (isinstance(value, ast.Constant) and value.value in (None, False))
+
+
+def _is_name(text: str) -> bool:
+    """Whether this is a repository's name: not code that makes one, and no folder, as transformers takes it."""
+    return not text.startswith("`") and not Path(text).is_dir()
 
 
 def _is_here(need: Needed) -> bool:

@@ -23,7 +23,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -85,6 +85,8 @@ class KernelJudge:
         trials: independent draws of the inputs that are compared. A problem whose inputs are gigabytes gets fewer.
         timing: measure speedups; only ever done on a GPU.
         compile_baseline: also measure the reference under torch.compile; takes many seconds a kernel.
+        models: repositories of the Hub ("owner/name") that problems and kernels may load, where the local cache holds
+            them; nothing is ever fetched.
 
     Raises:
         PipelineError: a setting out of range; on entering the block, no GPU where "cuda" was asked for.
@@ -98,6 +100,7 @@ class KernelJudge:
         trials: int = 5,
         timing: bool = True,
         compile_baseline: bool = False,
+        models: Sequence[str] = (),
     ) -> None:
         if device not in ("auto", "cuda", "cpu"):
             raise PipelineError(f"Unknown judge device {device!r}: use auto, cuda or cpu.")
@@ -109,6 +112,7 @@ class KernelJudge:
         self._trials = trials
         self._timing = timing
         self._compile_baseline = compile_baseline
+        self._models = tuple(models)
         self._traffic = Traffic(batch=max(1, self.workers // 2))
         self._references = ReferenceCache()
         self._huge = threading.Lock()
@@ -121,7 +125,7 @@ class KernelJudge:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="judge")
         self._lanes = Lanes([])
         try:
-            self._zygote = zygote = ZygoteClient(self._device, self._folder)
+            self._zygote = zygote = ZygoteClient(self._device, self._folder, self._models)
             zygote.wait_ready()
             self.backend, self.isolation, self._versions = zygote.backend, zygote.isolation, zygote.versions
             self.isolation_reason = zygote.isolation_reason

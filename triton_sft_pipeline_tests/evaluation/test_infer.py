@@ -10,13 +10,14 @@ import pytest
 
 from triton_sft_pipeline.chat.prompt import user_message
 from triton_sft_pipeline.errors import PipelineError, StepError
-from triton_sft_pipeline.evaluation import EvaluationSettings
+from triton_sft_pipeline.evaluation import EvaluationSettings, meter
 from triton_sft_pipeline.evaluation import infer as infer_module
 from triton_sft_pipeline.evaluation.generation import Completion, Request
 from triton_sft_pipeline.evaluation.infer import Inference, infer, infer_settings, judge_options
 from triton_sft_pipeline.verification import KernelJudge
 from triton_sft_pipeline.verification.verdict import JudgeItem, Verdict
 from triton_sft_pipeline_tests.evaluation.models import RecordingJudge, ScriptedModel, byte_tokenizer
+from triton_sft_pipeline_tests.problems.codes import LEVEL_4
 
 CODE = "import torch.nn as nn\n\n\nclass Model(nn.Module):\n    def forward(self, x):\n        return x + 1\n"
 SETTINGS = EvaluationSettings(max_new_tokens=400)
@@ -43,6 +44,7 @@ class Asked:
         *,
         on_completion: Callable[[Completion], None] | None = None,
         on_text: Callable[[str], None] | None = None,
+        on_tokens: Callable[[Sequence[int]], None] | None = None,
     ) -> list[Completion]:
         self.requests, self.settings = list(requests), settings
         found = [Completion(r.index, r.sample, self.texts[r.sample], 9, 7, self.stopped, 0.1) for r in requests]
@@ -150,6 +152,20 @@ def test_each_answer_is_two_steps_of_the_progress(monkeypatch: pytest.MonkeyPatc
     assert steps == [(n, 6) for n in range(7)]
 
 
+def test_answers_under_way_move_the_progress_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Asked):
+        def __call__(self, *arguments: Any, on_tokens: Any = None, **options: Any) -> list[Completion]:
+            monkeypatch.setattr(meter.time, "monotonic", lambda: 1e9)
+            on_tokens([40, 40])
+            return super().__call__(*arguments, **options)
+
+    notes: list[str] = []
+    monkeypatch.setattr(infer_module, "generate", Slow(written("k"), written("k")))
+    told = lambda done, total, note="": notes.append(note)  # noqa: E731
+    infer(None, None, CODE, SETTINGS, best_of=2, judge=SpeedJudge(), progress=told)
+    assert "2 at 40 tokens, 0/2 answers" in notes[1]
+
+
 def test_several_answers_are_sampled_each_with_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked("", "", "")
     monkeypatch.setattr(infer_module, "generate", asked)
@@ -224,4 +240,5 @@ def test_the_judge_is_made_with_the_settings_of_the_evaluation() -> None:
         "compile_baseline": False,
     }
     assert judge_options(settings, "auto")["device"] == "auto"
-    assert isinstance(infer_module.open_judge(settings), KernelJudge)
+    judge = infer_module.open_judge(settings, problems=[LEVEL_4, "x = 1"])
+    assert isinstance(judge, KernelJudge) and judge._models == ("owner/lm-small",)

@@ -7,7 +7,7 @@ real.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class RecordedAsker:
         self.text = "<think>\nno idea"
         self.dies_after: int | None = None
 
-    def ask(self, model: str, requests: Any, on_completion: Any) -> None:
+    def ask(self, model: str, requests: Any, on_completion: Any, on_tokens: Any = None) -> None:
         for request in requests:
             if self.dies_after is not None and len(self.asked) >= self.dies_after:
                 raise BrokenOff
@@ -101,7 +101,7 @@ class AgreeingJudge(JudgeResource):
     """Verifies everything that it is shown."""
 
     @contextmanager
-    def open(self, config: Config) -> Iterator[Any]:
+    def open(self, config: Config, models: Sequence[str] = ()) -> Iterator[Any]:
         yield self
 
     @property

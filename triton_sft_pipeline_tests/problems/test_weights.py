@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from triton_sft_pipeline.problems.weights import Needed, missing_weights, needed_weights
+from triton_sft_pipeline.problems.weights import Needed, hub_models, missing_weights, needed_weights
 from triton_sft_pipeline_tests.problems.codes import CODE, LEVEL_4, cached
 
 START = "import torch\nfrom transformers import AutoModel, AutoConfig, AutoTokenizer\nimport transformers\n"
@@ -131,3 +131,18 @@ def test_another_revision_is_another_thing(hub_cache: Path) -> None:
 def test_a_local_folder_counts_and_a_name_that_no_repository_can_have_does_not(hub_cache: Path, tmp_path: Path) -> None:
     assert missing_weights(f"{START}m = AutoModel.from_pretrained({str(tmp_path)!r})") is None
     assert missing_weights(f"{START}m = AutoModel.from_pretrained('/no/such folder')") is not None
+
+
+def test_the_repositories_of_several_problems_are_named_once_and_without_what_is_none(tmp_path: Path) -> None:
+    start = "from transformers import AutoModel\nimport os, torch\n"
+    codes = [
+        LEVEL_4,
+        LEVEL_4,
+        CODE,
+        start + "m = AutoModel.from_pretrained('a/b')",
+        start + f"m = AutoModel.from_pretrained({str(tmp_path)!r})",
+        start + "m = AutoModel.from_pretrained(os.environ['NAME'])",
+        start + "m = torch.hub.load('c/d', 'e')",
+        "class Model(",
+    ]
+    assert hub_models(codes) == ["a/b", "owner/lm-small"]

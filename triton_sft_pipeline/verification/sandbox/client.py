@@ -22,6 +22,7 @@ from typing import Any
 
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline.verification.sandbox.confine import Limits, allowed_environment
+from triton_sft_pipeline.verification.sandbox.models import cached_models, hub_environment
 
 _START_TIMEOUT_S = 180.0
 # A killed child that has not ended by then hangs in a driver, and nothing more can be done about it.
@@ -99,6 +100,7 @@ class ZygoteClient:
     Args:
         device: "auto", "cuda" or "cpu".
         folder: the judge's private folder; the zygote removes it when the judge goes away without doing so.
+        models: repositories of the Hub that children may read where the local cache holds them.
         options: more arguments for the zygote, for tests.
 
     Attributes, after `wait_ready`:
@@ -113,9 +115,10 @@ class ZygoteClient:
     isolation: str
     isolation_reason: str
 
-    def __init__(self, device: str, folder: Path, options: Sequence[str] = ()) -> None:
+    def __init__(self, device: str, folder: Path, models: Sequence[str] = (), *, options: Sequence[str] = ()) -> None:
         self._device = device
         self._folder = folder
+        self._readable = cached_models(models)
         self._options = list(options)
         self._lock = threading.Lock()
         self._closed = False
@@ -178,6 +181,7 @@ class ZygoteClient:
     def _start(self) -> _Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         options = ["--device", self._device, "--folder", str(self._folder), "--control", str(theirs.fileno())]
+        options += [f"--readable={path}" for path in self._readable]
         with theirs, (self._folder / _LOG).open("ab") as log:
             process = subprocess.Popen(
                 # -P: what lies in the current directory must not take the place of a library.
@@ -185,7 +189,7 @@ class ZygoteClient:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=allowed_environment(_python_path()),
+                env=allowed_environment(_python_path()) | hub_environment(self._readable),
                 start_new_session=True,
                 pass_fds=[theirs.fileno()],
             )

@@ -27,20 +27,21 @@ _TOOLS = ("cc", "gcc", "clang", "ld", "as", "ptxas")
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def build_root(root: Path, users: Iterable[int], private: Iterable[Path] = ()) -> None:
+def build_root(root: Path, users: Iterable[int], private: Iterable[Path] = (), readable: Iterable[Path] = ()) -> None:
     """Mount the tree on an empty folder.
 
     Args:
         root: the folder.
         users: ids of the users that will run in it, for /etc/passwd.
         private: folders that must not be seen even where they lie inside a part that is shown.
+        readable: folders that are shown whatever lies around them.
 
     Raises:
         OSError: the kernel refuses a mount.
     """
     linux.mount("root", root, "tmpfs", linux.MS_NOSUID, "size=16m,mode=755")
     tree = _Tree(root)
-    for path in _exposed([*private, *_home()]):
+    for path in [*_exposed([*private, *_home()]), *readable]:
         tree.show(path)
     _fill_etc(tree, users)
     _fill_dev(tree)

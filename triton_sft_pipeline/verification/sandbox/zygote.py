@@ -81,13 +81,13 @@ def _probe(plan: Plan, folder: Path, device: str, answer: _Answer) -> _Attempt:
     return _Attempt(children, found, ours)
 
 
-def _choose_level(plan: Plan, folder: Path, device: str, answer: _Answer) -> _Attempt:
+def _choose_level(plan: Plan, folder: Path, device: str, answer: _Answer, readable: list[Path]) -> _Attempt:
     """The tightest plan with which everything works; a looser one carries the reason."""
     best: _Attempt | None = None
     reason = plan.reason
     if plan.level == NAMESPACES:
         try:
-            build_root(folder / "root", plan.users(), [folder])
+            build_root(folder / "root", plan.users(), [folder], readable)
             best = _probe(plan, folder, device, answer)
         except OSError as error:
             reason = str(error)
@@ -130,7 +130,7 @@ def _run_zygote(options: argparse.Namespace, plan: Plan, control: socket.socket,
         # Before the fork, which then need not import it again.
         importlib.import_module("torch")
     device = options.device if options.warm_up else "cpu"
-    attempt = _choose_level(plan, options.folder, device, answer)
+    attempt = _choose_level(plan, options.folder, device, answer, options.readable)
     children, found = attempt.children, attempt.found
     if found["error"]:
         raise RuntimeError(f"not even a plain child works: {found['error']}")
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("--readable", type=Path, action="append", default=[])
     parser.add_argument("--tasks", default=json.dumps(_TASKS), help=argparse.SUPPRESS)
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help=argparse.SUPPRESS)
     parser.add_argument("--level", choices=("auto", "user", PROCESS), default="auto", help=argparse.SUPPRESS)

@@ -46,7 +46,7 @@ def options(level: str) -> list[str]:
 
 @contextmanager
 def zygote(folder: Path, level: str = "auto") -> Iterator[ZygoteClient]:
-    client = ZygoteClient("cpu", folder, options(level))
+    client = ZygoteClient("cpu", folder, options=options(level))
     try:
         client.wait_ready()
         yield client

@@ -142,7 +142,7 @@ def test_nothing_survives_a_killed_judge(tmp_path: Path, level: str) -> None:
 from pathlib import Path
 from triton_sft_pipeline_tests.verification.sandbox.boxes import Talk, LIMITS
 from triton_sft_pipeline.verification.sandbox.client import ZygoteClient
-client = ZygoteClient("cpu", Path({str(folder)!r}), {options(level)!r})
+client = ZygoteClient("cpu", Path({str(folder)!r}), options={options(level)!r})
 client.wait_ready()
 child = Talk(client.spawn("execute", LIMITS), {code!r})
 child.hear()
@@ -176,7 +176,7 @@ def test_who_waits_for_an_end_hears_that_the_zygote_is_closed(tmp_path: Path) ->
 
 def test_a_zygote_that_cannot_start_says_why(tmp_path: Path) -> None:
     bad = ["--no-warm-up", "--tasks", json.dumps({"execute": "no_such_module:task"})]
-    client = ZygoteClient("cpu", tmp_path, bad)
+    client = ZygoteClient("cpu", tmp_path, options=bad)
     try:
         with pytest.raises(PipelineError, match="no_such_module"):
             client.wait_ready()
