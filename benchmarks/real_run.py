@@ -13,6 +13,9 @@ examples:
   python benchmarks/real_run.py piece.* --out real_run --set evaluation.samples=1
   python benchmarks/real_run.py --base smollm2-135m-instruct --out real_run
 
+While it runs it says how far it is: with bars on a terminal, in a log file with a
+line every 15 seconds.
+
 in --out: report.html, report.md, report.json; summary.json with every step's time;
 the pipeline's storage and Dagster home; settings.yaml, with which it can be repeated.
 
@@ -138,7 +141,6 @@ def run_pipeline(out: Path, settings: Path, times: Times) -> bool:
 
     from triton_sft_pipeline.definitions import build_definitions
     from triton_sft_pipeline.refresh import open_instance, refresh
-    from triton_sft_pipeline.resources import GPUResource
     from triton_sft_pipeline.storage import ArtifactStore
 
     with open_instance() as instance, Steps(times) as steps:
@@ -148,9 +150,30 @@ def run_pipeline(out: Path, settings: Path, times: Times) -> bool:
             config,
             ArtifactStore(out / "storage"),
             say=steps.heard,
-            resources={"gpu": GPUResource(progress=sys.stderr.isatty())},
+            resources={"gpu": telling_gpu()},
         )
     return bool(outcome.exit_code)
+
+
+def telling_gpu() -> Any:
+    """The pipeline's GPU, which tells how far it is wherever it is told: the trainer's own bar fills a log file."""
+    from triton_sft_pipeline.progress import Lines, on_a_terminal
+    from triton_sft_pipeline.resources import GPUResource
+    from triton_sft_pipeline.training.run import train_on_dataset
+
+    class TellingGPU(GPUResource):
+        def train(self, config: Any, dataset: Path, output: Path, on_log: Any) -> Any:
+            if on_a_terminal():
+                return super().train(config, dataset, output, on_log)
+            lines = Lines("training")
+
+            def told(step: int, metrics: dict[str, float]) -> None:
+                on_log(step, metrics)
+                lines.say(", ".join([f"step {step}", *(f"{n} {v:.4g}" for n, v in metrics.items() if "loss" in n)]))
+
+            return train_on_dataset(config.model, config.lora, config.training, dataset, output, on_log=told)
+
+    return TellingGPU(progress=True)
 
 
 class Steps:

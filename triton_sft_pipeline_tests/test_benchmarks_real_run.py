@@ -119,6 +119,30 @@ def test_times_are_added_up_over_runs_and_steps_end_where_they_say(
     assert read_json(tmp_path / "times.json") == {"chat_dataset": 2.0, "lora_adapter": 7.0}
 
 
+def test_without_a_terminal_training_is_told_in_lines_and_not_by_the_trainers_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from triton_sft_pipeline.training import run as training
+
+    asked: dict[str, Any] = {}
+    logged: list[int] = []
+
+    def train(*arguments: Any, on_log: Any, **options: Any) -> str:
+        asked.update(options)
+        for step in (5, 10):
+            on_log(step, {"loss": 1.25 / step, "learning_rate": 1e-4})
+        return "trained"
+
+    monkeypatch.setattr(training, "train_on_dataset", train)
+    gpu = load("real_run").telling_gpu()
+    assert gpu.progress, "the evaluation goes by this"
+    done = gpu.train(
+        load_config("smollm2-135m"), Path("dataset"), Path("out"), lambda step, metrics: logged.append(step)
+    )
+    assert done == "trained" and logged == [5, 10] and not asked.get("progress")
+    assert capsys.readouterr().err == "training: step 5, loss 0.25 [00:00]\n", "the next one 15 s later"
+
+
 def test_no_sample_trace_is_over_the_budget_of_the_preset() -> None:
     config = load_config("smollm2-135m")
     # The longest has 497 of SmolLM2's tokens, counted with its tokenizer.

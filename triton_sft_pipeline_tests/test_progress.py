@@ -20,6 +20,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             made.append(self)
 
     monkeypatch.setattr(progress, "tqdm", Kept)
+    monkeypatch.setattr(progress, "on_a_terminal", lambda: True)
     return made
 
 
@@ -68,3 +69,31 @@ def test_a_note_stands_in_place_of_rate_and_time_left_until_the_next_one(bars: l
         assert " 41/160 [05:01, 340 tokens/s" in drawn()
         update(120, 160, "judging")
         assert drawn().endswith(" 120/160 [05:01, judging]")
+
+
+def test_a_new_note_is_drawn_when_nothing_has_moved(bars: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.progress_bar("answers and verdicts", show=True) as update:
+        update(0, 160)
+        update(0, 160, "340 tokens/s, 64 at 12 tokens")
+        assert "64 at 12 tokens" in capsys.readouterr().err
+        update(0, 160, "340 tokens/s, 64 at 80 tokens")
+        assert "64 at 80 tokens" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_latest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.progress_bar("answers and verdicts", show=True, resumes=True) as update:
+        update(0, 160)
+        for done in range(1, 40):
+            now += 1
+            update(done, 160, f"{done}0 tokens/s")
+        now += 1
+        update(40, 160)
+    assert capsys.readouterr().err.splitlines() == [
+        "answers and verdicts: 0/160 [00:00]",
+        "answers and verdicts: 15/160, 150 tokens/s [00:15]",
+        "answers and verdicts: 30/160, 300 tokens/s [00:30]",
+    ]

@@ -48,6 +48,7 @@ def decode(
     ends: frozenset[int],
     answered: Callable[[Sequence[int]], bool],
     on_token: Callable[[Row], None] | None = None,
+    on_step: Callable[[Sequence[int]], None] | None = None,
     on_end: Callable[[Row], None],
 ) -> None:
     """Generate every row to its end.
@@ -61,6 +62,7 @@ def decode(
         ends: tokens that end a turn.
         answered: whether these generated tokens are a whole answer.
         on_token: called after each token of each row.
+        on_step: called after each step with the tokens that every row has which goes on; before `on_end`.
         on_end: called the moment that a row has ended.
     """
     import torch
@@ -94,9 +96,12 @@ def decode(
             _take(row, token, share, ends, answered)
             if on_token:
                 on_token(row)
+        left = [i for i, row in enumerate(running) if not row.stopped]
+        if on_step:
+            on_step([len(running[i].tokens) for i in left])
+        for row in running:
             if row.stopped:
                 on_end(row)
-        left = [i for i, row in enumerate(running) if not row.stopped]
         if not left:
             return
         if len(left) < len(running):

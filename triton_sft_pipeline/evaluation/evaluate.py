@@ -112,7 +112,7 @@ def evaluate(
         judged = [place for place in known if _judgement_key(place, questions, completions[place]) in verdicts]
         if known and on_going_on:
             on_going_on(len(known), len(wanted))
-        meter = Meter(len(wanted), len(known), len(judged), progress)
+        meter = Meter(len(wanted), len(known), len(judged), settings.max_new_tokens, progress)
         for name in models:
             missing = [place for place in wanted if place[0] == name and place not in completions]
             completions |= _ask(asker, name, missing, questions, settings, run.generations, meter)
@@ -279,7 +279,7 @@ def _ask(
         for _, index, sample in missing
     ]
     if requests:
-        asker.ask(name, requests, keep)
+        asker.ask(name, requests, keep, meter.running)
     if absent := [place for place in missing if place not in found]:
         raise StepError(
             f"the {name} model gave no answer to {len(absent)} requests, the first on problem "

@@ -53,6 +53,12 @@ def curve_top(curves: Sequence[Curve]) -> float:
     return next(top for top in (0.25, 0.5, 1.0) if highest <= top or top == 1.0)
 
 
+def is_zero(curve: Curve) -> bool:
+    """Whether a curve never leaves the axis: its line is hard to see there, and lies under or over another's."""
+    rates = _known(curve, "rate")
+    return bool(rates) and max(rates) == 0
+
+
 def fast_p_figure(curves: Sequence[Curve], top: float = 1.0) -> Markup:
     """Share of problems with a correct kernel faster than p times PyTorch, for p from 0 to 4, each with its 95 % band.
 

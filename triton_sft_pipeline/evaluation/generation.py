@@ -23,6 +23,9 @@ from triton_sft_pipeline.training.unpacked import unpacked_linears
 
 _logger = logging.getLogger(__name__)
 
+OnTokens = Callable[[Sequence[int]], None]
+"""Is called often, with the tokens that each answer under way has so far."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -76,7 +79,13 @@ class Asker(Protocol):
         """Who can be asked: ("base",) or ("base", "tuned")."""
         ...
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         """Answer every request, in any order, and hand out each completion the moment it exists."""
         ...
 
@@ -100,7 +109,13 @@ class LocalAsker:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         self._weights: str | None = None
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         """See `Asker.ask`; "base" is the same model with its adapter off."""
         generate(
             self._model,
@@ -109,6 +124,7 @@ class LocalAsker:
             self._settings,
             adapter_enabled=model == "tuned",
             on_completion=on_completion,
+            on_tokens=on_tokens,
             on_smaller=self._remember,
         )
 
@@ -137,6 +153,7 @@ def generate(
     adapter_enabled: bool = True,
     on_completion: Callable[[Completion], None] | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_tokens: OnTokens | None = None,
     on_smaller: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Answer every request.
@@ -157,6 +174,7 @@ def generate(
             without an adapter is a base model already.
         on_completion: called with each completion the moment it exists.
         on_text: called with each piece of the answer as it appears; for exactly one request.
+        on_tokens: called after every step with the tokens of each answer that is not finished yet.
         on_smaller: called with the new batch size when a batch was halved; a warning is logged in any case.
 
     Returns:
@@ -209,6 +227,7 @@ def generate(
             ends=frozenset(_end_tokens(model, tokenizer)),
             answered=StopAtTriton(tokenizer, bool(lead)),
             on_token=(lambda row: pieces.add(row.tokens)) if pieces else None,
+            on_step=on_tokens,
             on_end=finish,
         )
     return sorted(done, key=lambda completion: (completion.index, completion.sample))

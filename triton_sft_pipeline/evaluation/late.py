@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from triton_sft_pipeline.evaluation.generation import Asker, Completion, Request
+from triton_sft_pipeline.evaluation.generation import Asker, Completion, OnTokens, Request
 from triton_sft_pipeline.files import read_json
 
 _WHO = ("base_model_version", "model_settings", "adapter_version")
@@ -28,10 +28,16 @@ class LateAsker:
         self.models, self._facts, self._load = tuple(models), facts, load
         self._loaded: Asker | None = None
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         """See `Asker.ask`."""
         self._loaded = self._loaded or self._load()
-        self._loaded.ask(model, requests, on_completion)
+        self._loaded.ask(model, requests, on_completion, on_tokens)
 
     def facts(self) -> dict[str, Any]:
         """See `Asker.facts`; those of the loaded model as soon as there is one."""

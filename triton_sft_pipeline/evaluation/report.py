@@ -91,6 +91,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         ),
         ks=ks,
         cheats=report_text.cheats_of([report[model][key] for model in models for key in keys]),
+        kinds=report_text.kinds_of(report["problems"], models),
         about=_about(report),
         contents=_contents(report, bool(keys), len(ks) > 1),
         limit=report_text.longest_shown(_texts(report, models)),
@@ -134,6 +135,7 @@ def page_template(name: str) -> Any:
         facts=report_text.answer_facts,
         tally=tally,
         best=best_answer,
+        which=report_text.which,
         by_kind=report_text.by_kind,
         reach_text=figures.reach_text,
         capitalise=lambda text: text[:1].upper() + text[1:],
@@ -145,6 +147,7 @@ def page_template(name: str) -> Any:
     )
     environment.globals.update(
         kind=verdict_kind,
+        is_zero=figures.is_zero,
         fast_p_figure=figures.fast_p_figure,
         speedup_figure=figures.speedup_figure,
         difference_figure=figures.difference_figure,
@@ -177,7 +180,7 @@ def _speed_figures(
 def kernel_speeds(problems: Sequence[Mapping[str, Any]], model: str) -> list[tuple[str, float]]:
     """Name and speedup of every verified and timed kernel of a model."""
     return [
-        (row["key"] if len(row[model]) == 1 else f"{row['key']}, answer {answer['sample']}", answer["speedup"])
+        (row["key"] if len(row[model]) == 1 else f"{row['key']}, answer {answer['sample'] + 1}", answer["speedup"])
         for row in problems
         for answer in row[model]
         if answer["correctness"] and answer["speedup"]
@@ -259,8 +262,10 @@ def _markdown_sections(
             ]
             yield f"{SPLITS[split][0]} by {name}", "", markdown_table([name, "model", "verified", "fast_1"], table)
     if len(ks := report_text.shown_k(cells)) > 1:
-        table = [[s, m, *(share_text(score["pass_at_k"].get(k)) for k in ks)] for s, m, score in rows]
-        yield "pass@k", "", markdown_table(["split", "model", *(f"k = {k}" for k in ks)], table)
+        # A count of verified answers beside it would be that of k = 1.
+        table = [[s, m, score["n"], *(_chance(score["pass_at_k"].get(k)) for k in ks)] for s, m, score in rows]
+        about = "Chance that at least one of k answers is verified, mean over the n problems."
+        yield "pass@k", about, markdown_table(["split", "model", "n", *(f"k = {k}" for k in ks)], table)
     cheats = report_text.cheats_of(cells)
     table = [
         [
@@ -288,11 +293,15 @@ def _markdown_sections(
             f"`{p['key']}`",
             SPLITS[p["split"]][0],
             *(tally(p[m]) for m in models),
-            (best_answer(p[models[-1]]) or {"detail": ""})["detail"],
+            report_text.why(p[models[-1]]),
         ]
         for p in report["problems"]
     ]
     yield "Problems", "", markdown_table(["problem", "split", *models, "why"], table)
+
+
+def _chance(share: Mapping[str, Any] | None) -> str:
+    return report_text.rate(share) if share else "–"
 
 
 def _markdown_comparison(report: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:

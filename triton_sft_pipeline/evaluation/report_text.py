@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from triton_sft_pipeline.evaluation.scores import VERDICT_KINDS, verdict_kind
+from triton_sft_pipeline.evaluation.scores import BROKE_OFF, VERDICT_KINDS, verdict_kind
 
 MODELS = ("base", "tuned")
 SPLITS = {
@@ -24,6 +24,15 @@ LONGEST_SHOWN = 20_000
 """Characters of one answer on the page; the rest is in generations.jsonl. A model that repeats itself must not make a
 page that no browser opens.
 """
+KINDS = {
+    "verified": "verified",
+    "wrong": "ran, and was wrong",
+    "failed": "did not compile, or broke off",
+    "refused": "broke a rule",
+    "unparsed": "no code",
+    "unjudged": "could not be judged",
+}
+"""What the kinds of verdicts are called in a legend."""
 BUDGET = 5_000_000
 """Characters of code and answers on the whole page. With colours it is about twice that in bytes."""
 
@@ -139,15 +148,42 @@ def paired(comparison: Mapping[str, Any]) -> str:
 
 
 def best_answer(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The fastest verified answer; the first verified one where no speed is known; the first where none is verified;
-    None where there is none.
+    """The fastest verified answer; the first verified one where no speed is known; where none is verified the first of
+    those that got furthest; None where there is none.
     """
     if not answers:
         return None
     verified = [answer for answer in answers if answer["correctness"]]
     if not verified:
-        return answers[0]
+        return min(answers, key=_short_of_verified)
     return max(verified, key=lambda answer: answer["speedup"] or 0.0)
+
+
+def _short_of_verified(answer: Mapping[str, Any]) -> int:
+    """Less for what says more of how a model fails: a wrong result more than a crash, and that more than no code."""
+    steps = ("wrong", "refused", "broke off", "failed", "unjudged", "unparsed")
+    return steps.index("broke off" if answer["verdict"] in BROKE_OFF else verdict_kind(answer["verdict"]))
+
+
+def which(answer: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> str:
+    """`answer 3 of 8`, counted from 1, and why it is this one."""
+    why = "" if answer["correctness"] else ", which got furthest"
+    return f"answer {answer['sample'] + 1} of {len(answers)}{why}"
+
+
+def kinds_of(rows: Iterable[Mapping[str, Any]], models: Sequence[str]) -> list[tuple[str, str]]:
+    """Kinds of verdicts that occur, each with what it is called, in the order of a legend."""
+    there = {verdict_kind(answer["verdict"]) for row in rows for model in models for answer in row[model]}
+    return [(kind, KINDS[kind]) for kind in VERDICT_KINDS if kind in there]
+
+
+def why(answers: Sequence[Mapping[str, Any]]) -> str:
+    """The judge's sentence on the best answer; of several that all failed with its verdict, which no column names."""
+    best = best_answer(answers)
+    if best is None:
+        return ""
+    named = len(answers) > 1 and not best["correctness"]
+    return f"{best['verdict'].replace('_', ' ')}: {best['detail']}" if named else str(best["detail"])
 
 
 def tally(answers: Sequence[Mapping[str, Any]]) -> str:

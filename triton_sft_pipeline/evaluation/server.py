@@ -30,7 +30,7 @@ from triton_sft_pipeline.evaluation.server_text import StreamedAnswer
 from triton_sft_pipeline.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
-    from triton_sft_pipeline.evaluation.generation import Request
+    from triton_sft_pipeline.evaluation.generation import OnTokens, Request
 
 SILENCE_S = 1800.0
 """Seconds without a word from the server after which a connection counts as broken. A server that answers one request
@@ -121,7 +121,13 @@ class ServerAsker:
         facts = {"url": self._shown, "software": found.software, "version": found.version, "models": about}
         return {"server": {**facts, "left_out": sorted(self._left_out)}}
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         """Ask for all answers, and hand each to `on_completion` the moment it ends, in this thread.
 
         `Completion.seconds` is the time since the previous answer ended, so that they add up to the time spent.
@@ -132,6 +138,7 @@ class ServerAsker:
             model: a role.
             requests: what to ask.
             on_completion: keeps an answer. What it raises ends everything.
+            on_tokens: told the pieces that have arrived of each answer under way.
 
         Raises:
             PipelineError: before anything was asked: no server there, the key is refused, or no model of that name.
@@ -140,7 +147,7 @@ class ServerAsker:
         """
         self._surveyed()
         if requests:
-            self._run(self._ask_all(self._names[model], requests, on_completion))
+            self._run(self._ask_all(self._names[model], requests, on_completion, on_tokens))
 
     # ----- the connection -----
 
@@ -195,15 +202,31 @@ class ServerAsker:
     # ----- answers -----
 
     async def _ask_all(
-        self, name: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]
+        self,
+        name: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: OnTokens | None,
     ) -> None:
         waiting = iter(requests)
+        under_way: dict[Request, int] = {}
         mark = time.perf_counter()
+
+        def tell() -> None:
+            if on_tokens:
+                on_tokens(list(under_way.values()))
 
         async def work(client: Any) -> None:
             nonlocal mark
             for request in waiting:
-                answer = await self._answer(client, name, request)
+
+                def arrived(pieces: int, request: Request = request) -> None:
+                    under_way[request] = pieces
+                    tell()
+
+                answer = await self._answer(client, name, request, arrived)
+                under_way.pop(request, None)
+                tell()
                 now = time.perf_counter()
                 elapsed, mark = now - mark, now
                 on_completion(Completion(request.index, request.sample, *answer, elapsed))
@@ -218,7 +241,9 @@ class ServerAsker:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _answer(self, client: Any, name: str, request: Request) -> tuple[str, int, int, str]:
+    async def _answer(
+        self, client: Any, name: str, request: Request, arrived: Callable[[int], None]
+    ) -> tuple[str, int, int, str]:
         """Text, tokens of the prompt, tokens of the answer, reason of stopping."""
         import openai
 
@@ -235,13 +260,15 @@ class ServerAsker:
             if stream is None:  # the prompt alone is longer than the model reads
                 return opening or "", 0, 0, "length"
             try:
-                if answer := await self._read(stream, opening):
+                if answer := await self._read(stream, opening, arrived):
                     return answer
             except (openai.APIError, ValueError) as error:  # broken off, or no longer JSON
                 failure = error
         raise self._gone(failure) from failure
 
-    async def _read(self, stream: Any, opening: str | None) -> tuple[str, int, int, str] | None:
+    async def _read(
+        self, stream: Any, opening: str | None, arrived: Callable[[int], None]
+    ) -> tuple[str, int, int, str] | None:
         """One answer as it arrives; None when it ended without a reason that ends an answer."""
         answer = StreamedAnswer(opening)
         usage, finish, pieces = None, None, 0
@@ -254,6 +281,7 @@ class ServerAsker:
                     finish = choice.finish_reason or finish
                     if answer.add(reasoning, content):
                         finish = "triton"
+                arrived(pieces)
                 if finish == "triton":
                     break
                 if finish is None and pieces > self._settings.max_new_tokens:  # a server that knows no limit

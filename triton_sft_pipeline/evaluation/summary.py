@@ -84,7 +84,7 @@ def headline(report: Mapping[str, Any]) -> str:
     """The report in one line, a clause for each split that has problems.
 
     For example `verified kernels: base 0/27 -> tuned 27/27 on seen problems; 0/10 -> 0/10 on held-out problems`, and
-    with several answers a problem `verified answers: base 3 % -> tuned 12 % of 8 on each of 10 held-out problems`.
+    with several answers `verified answers, 8 a problem: base 3 % -> tuned 12 % on 10 held-out problems`.
     """
     models = [name for name in MODELS if name in report]
     several = any(len(row[name]) > 1 for row in report["problems"] for name in models)
@@ -99,11 +99,10 @@ def headline(report: Mapping[str, Any]) -> str:
         rows = [row for row in report["problems"] if row["split"] == split]
         asked = f"on {SPLIT_NAMES[split]} problems"
         if several:
-            problems = f"{SPLIT_NAMES[split]} problem{'' if len(rows) == 1 else 's'}"
-            each = span([len(row[name]) for row in rows for name in models])
-            asked = f"of {each} on each of {len(rows)} {problems}"
+            asked = f"on {len(rows)} {SPLIT_NAMES[split]} problem{'' if len(rows) == 1 else 's'}"
         clauses.append(f"{shown} {asked}")
-    return f"verified {'answers' if several else 'kernels'}: " + "; ".join(clauses)
+    each = span([len(row[name]) for row in report["problems"] for name in models]) if several else ""
+    return (f"verified answers, {each} a problem: " if several else "verified kernels: ") + "; ".join(clauses)
 
 
 def scores_hash(report: Mapping[str, Any]) -> str:
@@ -122,14 +121,17 @@ def scores_hash(report: Mapping[str, Any]) -> str:
 
 
 def _percent(rate: float | None) -> str:
-    """Whole percent; what is almost none or almost all is not rounded to none or all."""
+    """Whole percent, and a decimal below 10 and above 90, as everywhere in a report; what is almost none or almost all
+    is not rounded to none or all.
+    """
     if rate is None:
         return "-"
     if 0 < rate < 0.001:
         return "< 0.1 %"
     if 0.999 < rate < 1:
         return "> 99.9 %"
-    return f"{100 * rate:.1f} %" if 0 < rate < 0.01 or 0.99 < rate < 1 else f"{100 * rate:.0f} %"
+    value = 100 * rate
+    return f"{value:.0f} %" if 10 <= value <= 90 else f"{value:.1f}".removesuffix(".0") + " %"
 
 
 def _scores(

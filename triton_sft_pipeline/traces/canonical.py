@@ -131,7 +131,8 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
             wanted = columns or schema().names
-            if missing := [name for name in wanted if name not in file.schema_arrow.names]:
+            there = set(file.schema_arrow.names)
+            if missing := [name for name in wanted if name not in there]:
                 raise KeyError(f"it has no column {missing[0]}")
             # One row group after another and in this thread: else several are read ahead, each by a thread that keeps
             # memory of its own.

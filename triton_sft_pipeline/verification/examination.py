@@ -280,12 +280,18 @@ def _judge_work(answers: list[dict[str, Any]], reference: Reference) -> tuple[Fi
     elements = sum(math.prod(array.shape) for array in arrays_in(reference.trials[0].output))
     # Where there is nothing to compute, no launch is as good as one.
     ruling = judge_operators(kernel, Work(reference.compute, reference.copy), max(1, int(launches)), elements)
-    agreed = f"The outputs match the reference's in {len(answers)} trials."
+    agreed = f"The outputs match the reference's in {_tried(len(reference.trials), len(answers))}."
     if ruling.finding is None:
         return Finding("verified", agreed), ruling.torch_share
     if ruling.finding.verdict in RIGHT:
         return Finding(ruling.finding.verdict, f"{agreed} {ruling.finding.detail}"), ruling.torch_share
     return ruling.finding, ruling.torch_share
+
+
+def _tried(draws: int, calls: int) -> str:
+    """`5 trials and 1 derived from them`: the first is the number that was set and that a verdict gives as `trials`."""
+    independent = f"{draws} trial{'' if draws == 1 else 's'}"
+    return f"{independent} and {calls - draws} derived from them" if calls > draws else independent
 
 
 def _number(value: Any) -> float:

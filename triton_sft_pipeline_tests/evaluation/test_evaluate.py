@@ -115,7 +115,9 @@ def test_generations_and_verdicts_are_on_disk_line_by_line(evaluation: Evaluatio
 
 
 def test_progress_counts_answers_and_verdicts(evaluation: Evaluation) -> None:
-    assert evaluation.steps == [(i, 24) for i in range(25)]
+    # Between two of them it is told again how many tokens there are.
+    assert list(dict.fromkeys(evaluation.steps)) == [(i, 24) for i in range(25)]
+    assert evaluation.steps == sorted(evaluation.steps)
 
 
 def test_a_problem_whose_reference_fails_is_named_and_stays_in_n(evaluation: Evaluation) -> None:
@@ -201,7 +203,7 @@ def test_a_cut_answer_is_counted_and_explained(tmp_path: Path) -> None:
         provenance={},
     )
     assert "cut at 50 tokens" in report["problems"][0]["base"][0]["detail"]
-    assert "1 of 1 answers of the base model were cut at the limit of 50 tokens." in report["notes"]
+    assert "1 of 1 answers of the base model was cut at the limit of 50 tokens." in report["notes"]
 
 
 def test_the_hash_of_the_scores_ignores_time_and_place_but_not_a_verdict(evaluation: Evaluation) -> None:
@@ -230,7 +232,13 @@ def test_an_asker_that_forgets_an_answer_is_found_out(tmp_path: Path) -> None:
         def facts(self) -> dict[str, Any]:
             return {}
 
-        def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+        def ask(
+            self,
+            model: str,
+            requests: Sequence[Request],
+            on_completion: Callable[[Completion], None],
+            on_tokens: Any = None,
+        ) -> None:
             for request in requests[1:]:
                 on_completion(Completion(request.index, request.sample, "", 1, 1, "eos", 0.1))
 
@@ -311,7 +319,13 @@ class Rubbish:
     def facts(self) -> dict[str, Any]:
         return {}
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: Any = None,
+    ) -> None:
         for request, text in zip(requests, RUBBISH.values(), strict=True):
             on_completion(Completion(request.index, request.sample, text, 5, 100, "eos", 0.1))
 

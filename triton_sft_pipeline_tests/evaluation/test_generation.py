@@ -216,6 +216,25 @@ def test_a_row_that_has_ended_leaves_the_batch_and_is_handed_out_at_once(tokeniz
     assert all(c.seconds > 0 for c in completions)
 
 
+def test_after_each_token_it_is_told_how_many_every_unfinished_answer_has(tokenizer: Any) -> None:
+    model = ScriptedModel(tokenizer, {("alpha", True): "1" * 3, ("beta", True): "1"})
+    told: list[tuple[str, Any]] = []
+    generate(
+        model,
+        tokenizer,
+        requests(["alpha", "beta"]),
+        EvaluationSettings(),
+        on_completion=lambda c: told.append(("done", c.tokens)),
+        on_tokens=lambda tokens: told.append(("running", list(tokens))),
+    )
+    assert told == [
+        ("running", [1, 1]),
+        *(("running", [2]), ("done", 2)),  # one that is done is no longer told of
+        ("running", [3]),
+        *(("running", []), ("done", 4)),
+    ]
+
+
 class Crowded(ScriptedModel):
     """Has memory for so many rows, and for long answers of fewer."""
 

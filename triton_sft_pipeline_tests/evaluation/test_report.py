@@ -99,6 +99,48 @@ def test_each_problem_folds_with_its_code_both_best_kernels_and_every_verdict(
             assert all(each["detail"] in page.text for each in row[model])
 
 
+def test_people_count_answers_from_one_and_data_from_zero() -> None:
+    several = [answer("unparsed"), answer("verified", 1, 2.5), answer("verified", 2, 1.5)]
+    report = made_report([problem("held", "held_out", base=several[:1] * 3, tuned=several)])
+    html = render_html(report)
+    shown = Page(html).text
+    assert [each["sample"] for each in report["problems"][0]["tuned"]] == [0, 1, 2]
+    assert "answer 2 of 3 · 2/3 verified, 2.50x" in shown and "<title>held, answer 2, 2.50x</title>" in html
+    assert re.findall(r'title="(\d): verified"', html) == ["2", "3"]
+    assert re.findall(r'<li><span class="facts">(\d)</span>', html)[-3:] == ["1", "2", "3"]
+
+
+def test_where_no_answer_is_verified_the_one_that_got_furthest_is_shown_with_its_verdict() -> None:
+    failed = [answer("unparsed"), answer("compile_error", 1), answer("incorrect_shape", 2, detail="(1,), not (2,).")]
+    report = made_report([problem("held", "held_out", base=failed, tuned=failed)])
+    assert "answer 3 of 3, which got furthest · 0/3 verified" in Page(render_html(report)).text
+    assert "| 0/3 verified | incorrect shape: (1,), not (2,). |" in render_markdown(report)
+
+
+def test_a_legend_names_the_kinds_of_verdicts_that_occur(html: str) -> None:
+    row = problem("held", "held_out", base=[answer("verified"), answer("unparsed", 1)], tuned=[answer("timeout")])
+    few = Page(render_html(made_report([row]))).words
+    assert "in their order: verified did not compile, or broke off no code Held-out" in few
+    assert "ran, and was wrong" in Page(html).text
+
+
+def test_a_model_that_never_succeeds_is_said_to_where_its_line_cannot_be_seen() -> None:
+    good, bad = answer("verified", 0, 2.0), answer("incorrect_shape")
+    rows = [
+        problem("held", "held_out", base=[bad, bad], tuned=[good, bad]),
+        problem("seen", "seen", base=[bad], tuned=[bad]),
+    ]
+    shown = Page(render_html(made_report(rows))).words
+    assert "base, n = 1: 0 % throughout tuned, n = 1 " in shown
+    assert "base: no verified kernel tuned: 2.00x" in shown
+    assert shown.count("none, as no kernel was verified") == 1, "of the seen problems: two empty lanes say no more"
+
+
+def test_pass_at_k_stands_beside_no_count_of_another_k(report: dict[str, Any]) -> None:
+    table = render_markdown(report).partition("## pass@k")[2].partition("##")[0]
+    assert "| split | model | n | k = 1 |" in table and "/" not in table.partition("| split")[2]
+
+
 def test_touched_and_unusable_problems_stand_apart_with_their_reasons(html: str, report: dict[str, Any]) -> None:
     shown = Page(html).text
     before, touched = shown.split("Touched problems\nAsked as held-out ones", 1)
@@ -109,11 +151,13 @@ def test_touched_and_unusable_problems_stand_apart_with_their_reasons(html: str,
     assert "1 of those that were given" in touched
 
 
-def test_the_best_answer_is_the_fastest_verified_one_else_the_first() -> None:
+def test_the_best_answer_is_the_fastest_verified_one_else_the_one_that_got_furthest() -> None:
     slow, fast = answer("verified", 1, 0.5), answer("verified", 2, 3.0)
     wrong = answer("compile_error", 0, None)
     assert best_answer([wrong, slow, fast]) is fast
-    assert best_answer([wrong, answer("timeout", 1)]) is wrong
+    furthest = [answer(v, i) for i, v in enumerate(("unparsed", "compile_error", "timeout", "incorrect_shape"))]
+    for n in range(1, 5):
+        assert best_answer([*furthest[:n], answer(furthest[n - 1]["verdict"], n)]) is furthest[n - 1], "the first"
     assert best_answer([wrong, untimed := answer("verified", 1), answer("verified", 2)]) is untimed
     assert best_answer([]) is None
     assert tally([wrong, slow, fast]) == "2/3 verified, 3.00x"

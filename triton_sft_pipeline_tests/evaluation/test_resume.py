@@ -99,7 +99,13 @@ class FakeAsker:
     def facts(self) -> dict[str, Any]:
         return {"name": "fake", **self._facts}
 
-    def ask(self, model: str, requests: Sequence[Request], on_completion: Callable[[Completion], None]) -> None:
+    def ask(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        on_completion: Callable[[Completion], None],
+        on_tokens: Any = None,
+    ) -> None:
         for request in requests:
             if self._dies_after is not None and len(self.asked) == self._dies_after:
                 raise StepError("the server went away")

@@ -362,6 +362,17 @@ def test_nothing_more_is_asked_after_a_failure() -> None:
     assert [c.index for c in kept] == [0] and len(server.asked) == 3
 
 
+def test_while_answers_arrive_it_is_told_how_long_each_has_become() -> None:
+    def reply(server: ScriptedServer, _: Any) -> tuple[int, Any]:
+        return said("probe") if len(server.asked) == 1 else (200, [chunk("a"), chunk("b"), chunk("c", "stop")])
+
+    told: list[list[int]] = []
+    with scripted(reply) as server:
+        asker = scripted_asker(server, concurrency=1)
+        asker.ask("base", REQUESTS[:2], lambda _: None, lambda tokens: told.append(list(tokens)))
+    assert told == [*([1], [2], [3], []), *([1], [2], [3], [])]
+
+
 def test_what_keeping_an_answer_raises_ends_everything() -> None:
     def full(_: Completion) -> None:
         raise StepError("disk full")

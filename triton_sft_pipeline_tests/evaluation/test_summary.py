@@ -134,8 +134,8 @@ def test_the_order_of_the_answers_does_not_matter(report: dict[str, Any]) -> Non
 
 def test_several_answers_have_a_headline_of_shares(report: dict[str, Any]) -> None:
     assert report["headline"] == (
-        "verified answers: base 0 % -> tuned 100 % of 2 on each of 1 seen problem; "
-        "17 % -> 50 % of 2 on each of 3 held-out problems; 0 % -> 100 % of 2 on each of 1 touched problem"
+        "verified answers, 2 a problem: base 0 % -> tuned 100 % on 1 seen problem; "
+        "17 % -> 50 % on 3 held-out problems; 0 % -> 100 % on 1 touched problem"
     )
 
 
@@ -152,13 +152,16 @@ def test_one_answer_has_a_headline_of_counts() -> None:
 
 
 def test_next_to_nothing_is_not_rounded_to_nothing() -> None:
-    assert "base 0.5 % of 200" in report_on(answered([[GOOD] + [BAD] * 199], None))["headline"]
-    assert "base 99.5 % of 200" in report_on(answered([[BAD] + [GOOD] * 199], None))["headline"]
+    assert "base 0.5 % on" in report_on(answered([[GOOD] + [BAD] * 199], None))["headline"]
+    assert "base 4.2 % on" in report_on(answered([[GOOD] + [BAD] * 23], None))["headline"], "as in the tables"
+    assert "base 99.5 % on" in report_on(answered([[BAD] + [GOOD] * 199], None))["headline"]
 
 
 def test_an_unfinished_run_with_uneven_answers_is_counted_as_it_is() -> None:
     ragged = report_on(answered([[BAD], [GOOD, BAD, BAD]], [[GOOD, GOOD], [BAD]]))
-    assert "of 1 to 3 on each of 1 held-out problem" in ragged["headline"]
+    assert (
+        "verified answers, 1 to 3 a problem: " in ragged["headline"] and "on 1 held-out problem" in ragged["headline"]
+    )
     assert "same number of answers" in notes(ragged) and "1 to 3 times" in notes(ragged)
     assert ragged["base"]["held_out"]["fast_0"]["rate"] == pytest.approx(1 / 3)
     assert list(ragged["base"]["held_out"]["pass_at_k"]) == ["1", "2", "3"]
@@ -184,6 +187,7 @@ def test_notes_say_how_to_read_several_answers(report: dict[str, Any]) -> None:
     assert "answered 2 times (temperature 0.7, top-p 0.95)" in notes(report)
     assert "as if each had one answer" in notes(report) and "first answer to each problem" in notes(report)
     assert "The seen, held-out and touched problems are fewer than 30 each. Bootstrap intervals" in notes(report)
+    assert "with 2 to 4 only 66 to 82 %" in notes(report), "a family of kernels is often that small"
     assert "The seen problems are fewer than 30. Bootstrap" in notes(report_on(answered([[BAD]], [[GOOD]])))
     assert "memorisation check" in notes(report) and "greedy" not in notes(report)
     assert report["notes"][-2:] == ["By the caller.", "From the provenance."]

@@ -39,7 +39,8 @@ def test_an_honest_kernel_is_verified_in_every_trial() -> None:
     reference = doubling(shifted=trial([0.5, -0.5, 1.5]), negative=trial([-1.0, -2.0, -3.0]))
     found = examine(peer, reference, "code", 0, Clock(10.0))  # type: ignore[arg-type]
     assert found == Examination(found.finding, "name", 1, 0.0)
-    assert found.finding.verdict == "verified" and "5 trials" in found.finding.detail
+    assert found.finding.verdict == "verified"
+    assert found.finding.detail == "The outputs match the reference's in 2 trials and 3 derived from them."
     assert peer.names() == ["load", *["call"] * 5, "recall", "ablate"]
 
 
