@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,12 @@ def imports(node: ast.AST, inside_functions: bool) -> Iterator[str]:
             yield from imports(child, inside_functions)
 
 
-def imported_by(path: Path, inside_functions: bool = True) -> set[str]:
-    return set(imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions))
+@cache
+def imported_by(path: Path, inside_functions: bool = True) -> frozenset[str]:
+    return frozenset(imports(ast.parse(path.read_text(encoding="utf-8")), inside_functions))
 
 
-def rooms_of(names: set[str]) -> set[str]:
+def rooms_of(names: Set[str]) -> set[str]:
     """The rooms and modules of this project among imported names."""
     return {name.split(".")[1] for name in names if name.startswith("triton_sft_pipeline.")}
 

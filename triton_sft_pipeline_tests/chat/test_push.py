@@ -6,16 +6,19 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from triton_sft_pipeline.chat.dataset import write_dataset
 from triton_sft_pipeline.chat.push import plan_push
 from triton_sft_pipeline.errors import PipelineError
 from triton_sft_pipeline_tests.chat.examples import built, trace
 from triton_sft_pipeline_tests.chat.hub import TOKEN, Hub, running_hub
+from triton_sft_pipeline_tests.commands import Outcome, Run
 
 REPO = "owner/traces"
 
@@ -33,7 +36,7 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
-def push(directory: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def push_apart(directory: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the Hub's library reads where the Hub is when it is imported."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     own = {"HF_HOME": str(directory.parent / "no_login"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
@@ -46,8 +49,22 @@ def push(directory: Path, *options: str, **environment: str) -> subprocess.Compl
     )
 
 
+@pytest.fixture
+def push(run: Run, directory: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """The same command in this process, with the constants that the Hub's library made of the environment when it was
+    imported."""
+    constants = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in constants.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    had_bars = not are_progress_bars_disabled()
+    yield lambda *options: run("dataset", "push", directory, "--repo", REPO, *options)
+    if had_bars:
+        enable_progress_bars()
+
+
 def test_a_dataset_is_sent_as_it_is_on_disk_to_a_private_place(directory: Path, hub: Hub) -> None:
-    done = push(directory, "--yes", HF_ENDPOINT=hub.address)
+    done = push_apart(directory, "--yes", HF_ENDPOINT=hub.address)
     assert (done.returncode, done.stderr) == (0, "")
     names = ["README.md", "test.parquet", "train.parquet"]
     assert hub.files == {REPO: {name: (directory / name).read_bytes() for name in names}}
@@ -55,63 +72,66 @@ def test_a_dataset_is_sent_as_it_is_on_disk_to_a_private_place(directory: Path, 
     assert done.stdout.splitlines()[-1] == f"sent     {hub.address}/datasets/{REPO}"
 
 
-def test_it_is_public_when_that_is_asked_for(directory: Path, hub: Hub) -> None:
-    assert push(directory, "--yes", "--public", HF_ENDPOINT=hub.address).returncode == 0
+def test_it_is_public_when_that_is_asked_for(push: Callable[..., Outcome], hub: Hub) -> None:
+    assert push("--yes", "--public").code == 0
     assert hub.visibility == {REPO: False} and len(hub.files[REPO]) == 3
 
 
-def test_a_dataset_that_is_there_gets_the_new_files(directory: Path, hub: Hub) -> None:
+def test_a_dataset_that_is_there_gets_the_new_files(push: Callable[..., Outcome], hub: Hub) -> None:
     hub.visibility[REPO] = True
-    assert push(directory, "--yes", HF_ENDPOINT=hub.address).returncode == 0
+    assert push("--yes").code == 0
     assert len(hub.files[REPO]) == 3
 
 
-def test_nothing_goes_to_a_public_dataset_that_was_thought_private(directory: Path, hub: Hub) -> None:
+def test_nothing_goes_to_a_public_dataset_that_was_thought_private(push: Callable[..., Outcome], hub: Hub) -> None:
     hub.visibility[REPO] = False
-    done = push(directory, "--yes", HF_ENDPOINT=hub.address)
-    assert done.returncode == 2 and "owner/traces is public" in done.stderr and "--public" in done.stderr
+    done = push("--yes")
+    assert done.code == 2 and "owner/traces is public" in done.err and "--public" in done.err
     assert hub.files == {} and hub.large == {}
 
 
-def test_without_the_flag_the_hub_is_not_even_asked(directory: Path, hub: Hub) -> None:
-    done = push(directory, HF_ENDPOINT=hub.address)
-    assert done.returncode == 2 and done.stderr == "triton-sft: nothing was sent: add --yes to send it.\n"
+def test_without_the_flag_the_hub_is_not_even_asked(push: Callable[..., Outcome], hub: Hub) -> None:
+    done = push()
+    assert done.code == 2 and done.err == "triton-sft: nothing was sent: add --yes to send it.\n"
     assert hub.asked == []
-    said = done.stdout.splitlines()
+    said = done.out.splitlines()
     assert said[1:2] == ["rows     9 train, 1 test"] and said[3] == "to       owner/traces, private"
     assert said[4] == "names    folders of this machine, in the column `file`: /home/me/traces"
 
 
-def test_a_login_that_the_hub_refuses_is_told_with_what_to_do(directory: Path, hub: Hub) -> None:
-    done = push(directory, "--yes", HF_ENDPOINT=hub.address, HF_TOKEN="hf_other")
-    assert done.returncode == 2 and f"{hub.address} refused it (401)" in done.stderr and "hf auth login" in done.stderr
-    assert "hf_other" not in done.stderr + done.stdout and hub.files == {}
+def test_a_login_that_the_hub_refuses_is_told_with_what_to_do(
+    push: Callable[..., Outcome], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    done = push("--yes")
+    assert done.code == 2 and f"{hub.address} refused it (401)" in done.err and "hf auth login" in done.err
+    assert "hf_other" not in done.err + done.out and hub.files == {}
 
 
-def test_a_hub_that_fails_is_told_with_what_it_said(directory: Path, hub: Hub) -> None:
+def test_a_hub_that_fails_is_told_with_what_it_said(push: Callable[..., Outcome], hub: Hub) -> None:
     hub.broken = 500
-    done = push(directory, "--yes", HF_ENDPOINT=hub.address)
-    assert done.returncode == 1 and "answered 500: The disk is on fire" in done.stderr
-    assert done.stderr.startswith("triton-sft: ") and "Traceback" not in done.stderr
+    done = push("--yes")
+    assert done.code == 1 and "answered 500: The disk is on fire" in done.err
+    assert done.err.startswith("triton-sft: ") and "Traceback" not in done.err
 
 
-def test_a_card_that_the_hub_refuses_is_told_with_what_is_wrong(directory: Path, hub: Hub) -> None:
+def test_a_card_that_the_hub_refuses_is_told_with_what_is_wrong(push: Callable[..., Outcome], hub: Hub) -> None:
     hub.card_errors = ['"license" must be one of [apache-2.0, mit]']
-    done = push(directory, "--yes", HF_ENDPOINT=hub.address)
-    assert done.returncode == 2 and "does not take it: Invalid metadata in README.md" in done.stderr
-    assert '"license" must be one of' in done.stderr and hub.files == {}
+    done = push("--yes")
+    assert done.code == 2 and "does not take it: Invalid metadata in README.md" in done.err
+    assert '"license" must be one of' in done.err and hub.files == {}
 
 
 def test_without_a_network_it_says_so_in_one_sentence(directory: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # Bound and not listening: every connection is refused.
-        done = push(directory, "--yes", HF_ENDPOINT=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        done = push_apart(directory, "--yes", HF_ENDPOINT=f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert done.returncode == 1 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_offline_it_says_which_setting_forbids_it(directory: Path) -> None:
-    done = push(directory, "--yes", HF_HUB_OFFLINE="1")
+    done = push_apart(directory, "--yes", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "HF_HUB_OFFLINE is set" in done.stderr and done.stderr.count("\n") == 1
 
 

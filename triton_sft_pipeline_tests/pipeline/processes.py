@@ -66,15 +66,15 @@ class Workplace:
         with dg.DagsterInstance.from_config(str(self.home)) as instance:
             yield instance
 
-    def filter_here(self, instance: dg.DagsterInstance | None = None) -> None:
-        """Materialise filtered_traces in this process: what a process of its own does, in a tenth of the time."""
+    def make_here(self, key: str, instance: dg.DagsterInstance | None = None) -> None:
+        """Materialise an asset in this process: what a process of its own does, in a tenth of the time."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_SFT_TRACES", str(self.traces))
             patch.delenv("TRITON_SFT_PRESET", raising=False)
             definitions = build_definitions(load_config(file=self.root / "settings.yaml"))
             assets: list[Any] = [*(definitions.assets or [])]
             resources = {**(definitions.resources or {}), "store": StoreResource(root=str(self.store.root))}
-            assert dg.materialize(assets, selection=["filtered_traces"], instance=instance, resources=resources).success
+            assert dg.materialize(assets, selection=[key], instance=instance, resources=resources).success
 
     def start(self, *arguments: str, home: bool = True, output: Path | None = None) -> subprocess.Popen[str]:
         """Start a Python module with `arguments` as the leader of a process group.
@@ -99,9 +99,9 @@ class Workplace:
         module = ("-m", "triton_sft_pipeline.definitions")
         return self.start("dagster", "asset", "materialize", *module, "--select", selection, *options, home=home)
 
-    def materialise(self, selection: str, home: bool = True) -> tuple[int, str]:
+    def materialise(self, selection: str, *options: str, home: bool = True) -> tuple[int, str]:
         """Exit code and output of the command of the README."""
-        return finish(self.start_materialising(selection, home=home))
+        return finish(self.start_materialising(selection, *options, home=home))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

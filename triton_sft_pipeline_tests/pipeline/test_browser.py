@@ -71,7 +71,7 @@ class Look:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     workplace = Workplace(tmp_path_factory.mktemp("browser"))
     with workplace.instance() as instance:
-        workplace.filter_here(instance)
+        workplace.make_here("filtered_traces", instance)
     with web_server(workplace) as server:
         yield server
 

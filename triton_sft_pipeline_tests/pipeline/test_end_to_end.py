@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps([*kept, next(t for t in traces if t.get("result") and not t["result"]["correctness"])])
     )
     (home / "settings.yaml").write_text(
-        "filter: {min_traces: 5}\ntraining: {max_steps: 120, eval_steps: 60, save_steps: 60}\n"
+        "filter: {min_traces: 5}\ntraining: {max_steps: 60, eval_steps: 30, save_steps: 30}\n"
     )
     return home
 

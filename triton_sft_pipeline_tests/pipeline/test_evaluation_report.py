@@ -16,6 +16,7 @@ from triton_sft_pipeline.chat.prompt import user_message
 from triton_sft_pipeline.config import held_out_problems, load_config
 from triton_sft_pipeline.evaluation.run import problems_of_dataset
 from triton_sft_pipeline.files import read_json
+from triton_sft_pipeline.storage import CURRENT
 from triton_sft_pipeline.traces import hash_location
 from triton_sft_pipeline.verification import JUDGE_VERSION
 from triton_sft_pipeline_tests.evaluation.reports import answer, made_report, problem
@@ -29,11 +30,11 @@ KERNEL = "<think>\nok\n</think>\n<triton>\nkernel\n</triton>"
 
 
 @pytest.fixture(scope="module")
-def refreshed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A pipeline whose models answered everything with a kernel. What a test does with it is a trial that leaves the
     adapter alone.
     """
-    with pytest.MonkeyPatch.context() as patches, a_pipeline(tmp_path_factory.mktemp("refreshed"), patches) as made:
+    with pytest.MonkeyPatch.context() as patches, a_pipeline(tmp_path_factory.mktemp("answered"), patches) as made:
         made.asker.text = KERNEL
         assert made.refresh().exit_code == 0
         yield made
@@ -66,13 +67,13 @@ def materialise(pipeline: Pipeline, key: str, **overrides: Any) -> None:
 # Where it comes from
 
 
-def test_the_report_names_everything_that_it_comes_from(refreshed: Pipeline) -> None:
-    about, store = report_of(refreshed)["provenance"], refreshed.store
-    assert about["traces_hash"] == hash_location(refreshed.traces)
+def test_the_report_names_everything_that_it_comes_from(answered: Pipeline) -> None:
+    about, store = report_of(answered)["provenance"], answered.store
+    assert about["traces_hash"] == hash_location(answered.traces)
     assert about["filtered_traces_version"] == store.require("filtered_traces").data_version
     assert about["dataset_version"] == store.require("chat_dataset").data_version
     assert about["adapter_version"] == store.require("lora_adapter").data_version
-    config = refreshed.config
+    config = answered.config
     assert (about["preset"], about["evaluation_preset"]) == ("tiny", "tiny")
     assert (about["training_seed"], about["sampling_seed"]) == (config.training.seed, config.evaluation.seed)
     assert about["judge_version"] == JUDGE_VERSION
@@ -83,22 +84,22 @@ def test_the_report_names_everything_that_it_comes_from(refreshed: Pipeline) -> 
 
 
 def test_the_trace_hash_is_that_of_the_files_the_adapter_was_made_from_and_not_of_newer_ones(
-    refreshed: Pipeline,
+    answered: Pipeline,
 ) -> None:
-    trained, version = hash_location(refreshed.traces), refreshed.store.require("filtered_traces").data_version
+    trained, version = hash_location(answered.traces), answered.store.require("filtered_traces").data_version
     traces = sample_traces()
     traces[0]["model_reasoning"] += " One more thought."
-    refreshed.write(traces)
+    answered.write(traces)
     try:
-        materialise(refreshed, "filtered_traces")
-        newer = refreshed.store.require("filtered_traces").data_version
+        materialise(answered, "filtered_traces")
+        newer = answered.store.require("filtered_traces").data_version
         assert newer != version
-        assert traces_hash(refreshed.store, version) == trained
-        assert traces_hash(refreshed.store, newer) == hash_location(refreshed.traces) != trained
+        assert traces_hash(answered.store, version) == trained
+        assert traces_hash(answered.store, newer) == hash_location(answered.traces) != trained
     finally:
-        refreshed.write(sample_traces())
-        materialise(refreshed, "filtered_traces")
-    assert traces_hash(refreshed.store, "a version that is gone") is None
+        answered.write(sample_traces())
+        materialise(answered, "filtered_traces")
+    assert traces_hash(answered.store, "a version that is gone") is None
 
 
 def test_the_command_that_repeats_it_carries_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,13 +117,13 @@ def test_the_command_that_repeats_it_carries_what_decides(monkeypatch: pytest.Mo
 
 
 def test_a_held_out_problem_that_was_trained_on_is_asked_apart_with_the_trace_that_it_touches(
-    refreshed: Pipeline, tmp_path: Path
+    answered: Pipeline, tmp_path: Path
 ) -> None:
-    known = problems_of_dataset(refreshed.store.require("chat_dataset").path)["seen"][0]
+    known = problems_of_dataset(answered.store.require("chat_dataset").path)["seen"][0]
     (tmp_path / "leaked.py").write_text(known.pytorch_code)
-    (tmp_path / "fresh.py").write_text(held_out_problems(refreshed.config)[0].pytorch_code)
-    materialise(refreshed, KEY, held_out=str(tmp_path))
-    report = report_of(refreshed)
+    (tmp_path / "fresh.py").write_text(held_out_problems(answered.config)[0].pytorch_code)
+    materialise(answered, KEY, held_out=str(tmp_path))
+    report = report_of(answered)
     asked = {row["key"]: row for row in report["problems"] if row["split"] in ("held_out", "touched")}
     assert {key: row["split"] for key, row in asked.items()} == {"fresh": "held_out", "leaked": "touched"}
     assert known.key in asked["leaked"]["touched"] and asked["fresh"]["touched"] is None
@@ -130,16 +131,16 @@ def test_a_held_out_problem_that_was_trained_on_is_asked_apart_with_the_trace_th
 
 
 def test_a_held_out_file_that_is_no_problem_is_named_in_the_report_and_the_rest_is_asked(
-    pipeline: Pipeline, tmp_path: Path
+    refreshed: Pipeline, tmp_path: Path
 ) -> None:
     folder = tmp_path / "problems"
     folder.mkdir()
-    for found in held_out_problems(pipeline.config)[:2]:
+    for found in held_out_problems(refreshed.config)[:2]:
         (folder / f"{found.key}.py").write_text(found.pytorch_code)
     (folder / "broken.py").write_text("class Model(:\n")
-    pipeline.configure(held_out=str(folder))
-    assert pipeline.refresh().exit_code == 0
-    report = report_of(pipeline)
+    refreshed.configure(held_out=str(folder))
+    assert refreshed.refresh().exit_code == 0
+    report = report_of(refreshed)
     assert [item["key"] for item in report["unusable"]] == ["broken"]
     assert report["base"]["held_out"]["n"] == 2
 
@@ -149,43 +150,44 @@ def test_a_held_out_file_that_is_no_problem_is_named_in_the_report_and_the_rest_
 
 @pytest.mark.slow
 def test_an_evaluation_that_broke_off_goes_on_with_the_answers_that_it_has_and_with_no_others(
-    pipeline: Pipeline,
+    refreshed: Pipeline,
 ) -> None:
-    asker = pipeline.asker
+    (refreshed.store.root / KEY / CURRENT).unlink()
+    asker = refreshed.asker
     asker.dies_after = 5
-    assert list(pipeline.refresh().failed) == [KEY]
-    assert pipeline.store.current(KEY) is None and len(work_of(pipeline)) == 1
+    assert list(refreshed.refresh().failed) == [KEY]
+    assert refreshed.store.current(KEY) is None and len(work_of(refreshed)) == 1
     first = list(asker.asked)
     assert len(first) == 5
 
     asker.dies_after = None
     asker.asked.clear()
-    pipeline.configure(evaluation__seed=8)
-    assert pipeline.refresh().ran == [KEY]
+    refreshed.configure(evaluation__seed=8)
+    assert refreshed.refresh().ran == [KEY]
     everything = len(asker.asked)
-    assert everything == 2 * len(report_of(pipeline)["problems"]), "answers under another seed are not its own"
-    assert len(work_of(pipeline)) == 1, "they wait for the evaluation that they belong to"
+    assert everything == 2 * len(report_of(refreshed)["problems"]), "answers under another seed are not its own"
+    assert len(work_of(refreshed)) == 1, "they wait for the evaluation that they belong to"
 
     asker.asked.clear()
-    pipeline.configure()
-    assert pipeline.refresh().ran == [KEY]
+    refreshed.configure()
+    assert refreshed.refresh().ran == [KEY]
     assert len(asker.asked) == everything - 5 and not set(first) & set(asker.asked)
-    assert work_of(pipeline) == []
-    generations = (pipeline.store.require(KEY).path / "generations.jsonl").read_text().splitlines()
+    assert work_of(refreshed) == []
+    generations = (refreshed.store.require(KEY).path / "generations.jsonl").read_text().splitlines()
     assert len(generations) == everything
 
 
-def test_every_model_is_asked_every_problem_with_the_prompt_of_the_chat_dataset(refreshed: Pipeline) -> None:
-    held_out = {user_message(p.pytorch_code) for p in held_out_problems(refreshed.config)}
+def test_every_model_is_asked_every_problem_with_the_prompt_of_the_chat_dataset(answered: Pipeline) -> None:
+    held_out = {user_message(p.pytorch_code) for p in held_out_problems(answered.config)}
     for model in ("base", "tuned"):
-        assert held_out <= {prompt for name, prompt, _ in refreshed.asker.asked if name == model}
+        assert held_out <= {prompt for name, prompt, _ in answered.asker.asked if name == model}
 
 
 # What the UI shows
 
 
-def test_the_page_of_the_report_shows_scores_differences_plots_and_numbers_for_trends(refreshed: Pipeline) -> None:
-    events = refreshed.instance.fetch_materializations(dg.AssetKey(KEY), limit=1, ascending=True).records
+def test_the_page_of_the_report_shows_scores_differences_plots_and_numbers_for_trends(answered: Pipeline) -> None:
+    events = answered.instance.fetch_materializations(dg.AssetKey(KEY), limit=1, ascending=True).records
     made = events[0].asset_materialization
     assert made
     shown: dict[str, Any] = {name: value.value for name, value in made.metadata.items()}

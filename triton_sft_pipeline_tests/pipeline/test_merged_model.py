@@ -1,5 +1,6 @@
 """`merged_model` is made when it is asked for, from the current adapter, and only when that changed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from triton_sft_pipeline.config import Config, code_versions, data_dir, load_con
 from triton_sft_pipeline.definitions import build_definitions
 from triton_sft_pipeline.files import sha256_file
 from triton_sft_pipeline.refresh import OPTIONAL, PARENTS
+from triton_sft_pipeline.storage import ArtifactStore
 from triton_sft_pipeline.training.merge import MergeReport
 from triton_sft_pipeline.training.trainer import TrainingRun
+from triton_sft_pipeline_tests.pipeline.conftest import a_pipeline, first_refresh
 from triton_sft_pipeline_tests.pipeline.harness import Pipeline, RecordedGPU
 from triton_sft_pipeline_tests.test_cli_training import save_adapter
 
@@ -28,11 +31,21 @@ class AdapterGPU(RecordedGPU):
         return run
 
 
+@pytest.fixture(scope="module")
+def first_merging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a first refresh left that trained a real adapter, with nothing merged yet."""
+    directory = first_refresh(tmp_path_factory.mktemp("first_merging"), AdapterGPU())
+    assert ArtifactStore(directory / "storage").current(KEY) is None
+    return directory
+
+
 @pytest.fixture
-def merging(pipeline: Pipeline) -> Pipeline:
-    pipeline.resources["gpu"] = AdapterGPU()
-    pipeline.configure(merge__enabled=True)
-    return pipeline
+def merging(first_merging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipeline]:
+    """The adapter is made, and merging it was turned on since."""
+    with a_pipeline(tmp_path, monkeypatch, begun=first_merging) as pipeline:
+        pipeline.resources["gpu"] = AdapterGPU()
+        pipeline.configure(merge__enabled=True)
+        yield pipeline
 
 
 def graph_of(definitions: dg.Definitions) -> dict[str, set[str]]:
@@ -64,27 +77,24 @@ def test_it_is_described_and_waits_for_the_gates_above_it_but_not_for_the_gpu() 
     assert blocking == {"same_base": True, "weights_moved": False}
 
 
-def test_a_refresh_makes_it_from_the_adapter_and_again_only_when_that_changed(merging: Pipeline) -> None:
-    assert merging.refresh().ran == [*PARENTS, KEY]
-    first = merging.store.require(KEY)
-    adapter = merging.store.require("lora_adapter")
+def test_a_refresh_makes_it_from_the_adapter_and_again_only_when_that_changed(pipeline: Pipeline) -> None:
+    pipeline.resources["gpu"] = AdapterGPU()
+    pipeline.configure(merge__enabled=True)
+    assert pipeline.refresh().ran == [*PARENTS, KEY]
+    first = pipeline.store.require(KEY)
+    adapter = pipeline.store.require("lora_adapter")
     assert first.inputs == {"lora_adapter": adapter.data_version}
     assert first.record["adapter"] == adapter.path.name
     base = data_dir() / "tiny_base"
     assert (first.path / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert sha256_file(first.path / "model.safetensors") != sha256_file(base / "model.safetensors")
-    assert merging.refresh().ran == []
-    merging.configure(merge__enabled=True, training__learning_rate=0.03)
-    assert merging.refresh().ran == ["lora_adapter", "evaluation_report", KEY]
-    assert merging.store.require(KEY).data_version != first.data_version
+    assert pipeline.refresh().ran == []
+    pipeline.configure(merge__enabled=True, training__learning_rate=0.03)
+    assert pipeline.refresh().ran == ["lora_adapter", "evaluation_report", KEY]
+    assert pipeline.store.require(KEY).data_version != first.data_version
 
 
 def test_turning_it_on_makes_it_alone_and_turning_it_off_forgets_it(merging: Pipeline) -> None:
-    merging.configure()
-    assert merging.refresh().ran == list(PARENTS)
-    assert merging.store.current(KEY) is None
-    merging.configure(merge__enabled=True)
-    merging.said.clear()
     merging.refresh(dry_run=True)
     assert merging.said == [f"would run {KEY}: there is no current artifact"]
     assert merging.refresh().ran == [KEY]
@@ -101,16 +111,17 @@ def test_a_base_that_changed_since_holds_it_back(merging: Pipeline, monkeypatch:
     assert merging.store.current(KEY) is None
 
 
-def test_an_adapter_that_does_not_fit_fails_in_a_sentence_and_promotes_nothing(merging: Pipeline) -> None:
-    merging.resources["gpu"] = RecordedGPU()
-    outcome = merging.refresh()
+def test_an_adapter_that_does_not_fit_fails_in_a_sentence_and_promotes_nothing(refreshed: Pipeline) -> None:
+    refreshed.configure(merge__enabled=True)
+    outcome = refreshed.refresh()
     assert list(outcome.failed) == [KEY]
     assert "adapter_model.safetensors: damaged or cut short" in outcome.failed[KEY]
-    assert merging.store.current(KEY) is None
+    assert refreshed.store.current(KEY) is None
 
 
 def test_it_is_held_back_behind_a_failed_adapter(merging: Pipeline) -> None:
     merging.resources["gpu"] = AdapterGPU(loss=float("nan"))
+    merging.configure(merge__enabled=True, training__learning_rate=0.03)
     outcome = merging.refresh()
     assert list(outcome.failed) == ["lora_adapter"]
     assert outcome.held_back == ["evaluation_report", KEY]

@@ -67,11 +67,15 @@ class WebServer:
         assert "errors" not in answer, answer["errors"]
         return answer["data"]
 
-    def launch(self, *keys: str) -> str:
-        """Start what the buttons "Materialize" and "Observe" start, wait for its end, and return its status."""
+    def launch(self, *keys: str, in_one_process: bool = False) -> str:
+        """Start what the buttons "Materialize" and "Observe" start, wait for its end, and return its status.
+
+        Args:
+            in_one_process: as the launchpad can ask for: the steps start no processes of their own.
+        """
         params = {
             "mode": "default",
-            "runConfigData": {},
+            "runConfigData": {"execution": {"config": {"in_process": {}}}} if in_one_process else {},
             "selector": {
                 "repositoryLocationName": "triton_sft_pipeline.definitions",
                 "repositoryName": "__repository__",
