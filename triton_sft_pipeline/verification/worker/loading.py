@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +15,7 @@ from triton_sft_pipeline.verification.worker.interpreter import is_unsupported
 from triton_sft_pipeline.verification.worker.tensors import UnsupportedValueError
 
 _MAX_DETAIL = 600
+_QUOTED = re.compile(r"at \d+:\d+:")
 
 
 def load_code(file: Path, name: str) -> ModuleType:
@@ -32,7 +34,7 @@ def explain(error: BaseException, file: Path) -> str:
     root = _root_of(error)
     lines = [frame.lineno for frame in traceback.extract_tb(root.__traceback__) if frame.filename == str(file)]
     place = f"line {lines[-1]} of {file.name}: " if lines else ""
-    message = " ".join(str(root).split())[:_MAX_DETAIL]
+    message = " ".join(_message_of(root).split())[:_MAX_DETAIL]
     return f"{place}{type(root).__name__}: {message}".rstrip(": .") + "."
 
 
@@ -54,6 +56,17 @@ def classify(error: BaseException, file: Path) -> Finding:
     if _is_from_triton(error, file):
         return Finding("compile_error", detail)
     return Finding("runtime_error", detail)
+
+
+def _message_of(error: BaseException) -> str:
+    """What an error says. Triton's compiler quotes the kernel down to the line that it refuses, with a mark below it; a
+    sentence needs no more than that line."""
+    lines = str(error).split("\n")
+    marks = [number for number, line in enumerate(lines) if line.strip() == "^"]
+    if not _QUOTED.fullmatch(lines[0]) or not marks or marks[-1] < 2:
+        return str(error)
+    refused, reason = lines[marks[-1] - 1].strip(), " ".join(lines[marks[-1] + 1 :]).strip()
+    return f"`{refused}`: {reason}" if reason else f"`{refused}`"
 
 
 def _root_of(error: BaseException) -> BaseException:
