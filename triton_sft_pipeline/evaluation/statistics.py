@@ -132,11 +132,27 @@ def bootstrap_sums(rows: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -
     return sums.reshape(2 * half, rows.shape[1])[:resamples]
 
 
-def percentile_interval(values: ArrayLike) -> list[float]:
-    """[low, high] that holds the middle 95 % of bootstrapped values."""
-    import numpy as np
+def percentile_interval(values: ArrayLike, n: int) -> list[float]:
+    """The 95 % interval of a mean over n problems: what lies between two quantiles of its bootstrapped values.
 
-    low, high = np.quantile(np.asarray(values), [0.025, 0.975])
+    For many problems these are 2.5 and 97.5 %. Resampled means vary less than means do, by sqrt((n - 1) / n), and few
+    problems are subject to Student's t and not to the normal distribution, so that the quantiles lie at
+    Phi(-sqrt(n / (n - 1)) t) and as far from the other end, t being that of n - 1 degrees of freedom: the expanded
+    percentile interval of T. C. Hesterberg (2015), "What teachers should know about the bootstrap: resampling in the
+    undergraduate statistics curriculum", The American Statistician 69 (4), 371-386.
+
+    Args:
+        values: the resampled means, or ratios.
+        n: problems that each was drawn from, at least 2.
+
+    Returns:
+        [low, high], never beyond the least and the greatest value.
+    """
+    import numpy as np
+    from scipy.special import ndtr, stdtrit
+
+    tail = float(ndtr(-sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975)))
+    low, high = np.quantile(np.asarray(values), [tail, 1 - tail])
     return [float(low), float(high)]
 
 
@@ -157,7 +173,7 @@ def ratio_interval(
     if len(totals) < 2:
         return None
     sums = bootstrap_sums(np.column_stack([totals, counts]), resamples, seed)
-    return percentile_interval(sums[:, 0] / sums[:, 1])
+    return percentile_interval(sums[:, 0] / sums[:, 1], len(totals))
 
 
 def geometric_mean(
@@ -209,7 +225,7 @@ def paired_differences(
     found: list[dict[str, object]] = []
     for own, resampled in zip(differences, means.T, strict=True):
         constant = float(np.ptp(own)) < _SAME
-        interval = bound_interval(float(own[0]), n) if constant else percentile_interval(resampled)
+        interval = bound_interval(float(own[0]), n) if constant else percentile_interval(resampled, n)
         method = "bound" if constant else "bootstrap"
         found.append({"difference": float(own.mean()), "interval": interval, "n": n, "method": method})
     return found

@@ -186,9 +186,9 @@ def test_the_settings_name_the_temperature_that_was_used(report: dict[str, Any])
 def test_notes_say_how_to_read_several_answers(report: dict[str, Any]) -> None:
     assert "answered 2 times (temperature 0.7, top-p 0.95)" in notes(report)
     assert "as if each had one answer" in notes(report) and "first answer to each problem" in notes(report)
-    assert "The seen, held-out and touched problems are fewer than 30 each. Bootstrap intervals" in notes(report)
-    assert "with 2 to 4 only 66 to 82 %" in notes(report), "a family of kernels is often that small"
-    assert "The seen problems are fewer than 30. Bootstrap" in notes(report_on(answered([[BAD]], [[GOOD]])))
+    assert "The seen, held-out and touched problems are fewer than 10 each. Bootstrap intervals" in notes(report)
+    assert "with 2 to 4 only 63 to 84 %" in notes(report), "a family of kernels is often that small"
+    assert "The seen problems are fewer than 10. Bootstrap" in notes(report_on(answered([[BAD]], [[GOOD]])))
     assert "memorisation check" in notes(report) and "greedy" not in notes(report)
     assert report["notes"][-2:] == ["By the caller.", "From the provenance."]
 
