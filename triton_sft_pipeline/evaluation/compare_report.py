@@ -137,6 +137,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         colours=colours,
         splits=splits,
         top=figures.curve_top([curve for split in splits for curve in split["curves"]]),
+        speeds=figures.speed_reach([lane for split in splits for lane in split["lanes"]]),
         reach=figures.difference_reach(differences),
         cell_text=cell_text,
         left_out_texts=left_out_texts,

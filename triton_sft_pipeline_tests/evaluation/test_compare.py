@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,15 @@ def test_every_difference_is_on_the_page_and_in_markdown(comparison: dict[str, A
             assert f"{points(value)} {shown} n = {found['n']}" in page
             assert f"{points(value)} points {shown}, n = {found['n']}" in markdown
     assert all(warning in page for warning in comparison["warnings"])
+
+
+def test_the_speedups_of_all_splits_are_drawn_on_one_axis() -> None:
+    slow, fast = ([answer("verified", speedup=speed)] for speed in (1.5, 30.0))
+    rows = [problem("a", "seen", 1, base=slow, tuned=slow), problem("b", "held_out", 2, base=slow, tuned=fast)]
+    page = comparison_html(compare_reports({"one": made_report(rows), "two": made_report(rows)}, resamples=50))
+    figures = [figure for figure in re.findall(r"<svg.*?</svg>", page, re.S) if "speedup over PyTorch" in figure]
+    seen, held_out = (re.findall(r">([0-9.]+x)<", figure) for figure in figures)
+    assert seen == held_out and "32x" in seen
 
 
 def test_the_page_is_self_contained_and_hostile_labels_and_keys_are_text() -> None:
