@@ -62,6 +62,7 @@ def refresh(dry_run: bool, preset: str | None, config_file: Path | None, sets: t
     Exit code 0  refreshed, or nothing to do
               1  a step failed or a gate held something back
               2  usage or input
+            130  interrupted; the same command goes on
     """
     config = _config(preset, config_file, sets)
 

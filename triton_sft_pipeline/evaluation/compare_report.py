@@ -173,7 +173,8 @@ def _page_split(split: str, found: Mapping[str, Any], colours: Mapping[str, str]
 
 
 def _points(difference: Mapping[str, Any]) -> str:
-    return f"{points(difference['difference'])} {interval(difference['interval'], points)}"
+    method = " (bound)" if difference["method"] == "bound" else ""
+    return f"{points(difference['difference'])} {interval(difference['interval'], points)}{method}"
 
 
 def _short(label: str) -> str:

@@ -309,7 +309,8 @@ def _markdown_comparison(report: Mapping[str, Any]) -> Iterator[tuple[str, str, 
     names = ("fast_0", "fast_1", "fast_2")
     yield (
         "Tuned less base, paired by problem",
-        "Percentage points; in brackets the 95 % interval of a paired bootstrap over problems.",
+        "Percentage points; in brackets the 95 % interval of a paired bootstrap over problems, or a bound where all of "
+        "them differ alike.",
         markdown_table(
             ["split", "verified (fast_0)", "fast_1", "fast_2"],
             [[title, *(difference_text(c[name]) for name in names)] for title, c in compared],

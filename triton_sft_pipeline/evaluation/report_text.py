@@ -95,13 +95,14 @@ def points(difference: float) -> str:
 
 
 def difference_text(difference: Mapping[str, Any] | None) -> str:
-    """`+12 points [+3, +21], n = 10`."""
+    """`+12 points [+3, +21], n = 10`, and whether the interval is a bound and no bootstrap."""
     if difference is None:
         return "not measured"
     if difference["difference"] is None:
         return "–"
     ends = interval(difference["interval"], points)
-    return f"{points(difference['difference'])} points {ends}, n = {difference['n']}"
+    method = ", bound" if difference["method"] == "bound" else ""
+    return f"{points(difference['difference'])} points {ends}, n = {difference['n']}{method}"
 
 
 def p_value(p: float | None) -> str:
@@ -302,4 +303,5 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list
 def markdown_cell(value: Any) -> str:
     """One line that cannot break out of its table cell, and no markup."""
     text = " ".join(clip(str(value)).split())
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    # Only before these does it begin markup; elsewhere, as in "< 0.001", somebody reads it in a terminal.
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("|", "\\|"))

@@ -33,7 +33,10 @@ def create_training_config(settings: TrainingSettings | None = None, output_dir:
     _check_processes(settings)
     on_gpu = torch.cuda.is_available()
     if "8bit" in settings.optim and not on_gpu:
-        raise PipelineError(f"training.optim {settings.optim} needs a CUDA device: set it to adamw_torch.")
+        raise PipelineError(
+            f"training.optim {settings.optim} needs a CUDA device, and there is none here: set it to adamw_torch, or "
+            "take the preset tiny, which is made for a CPU."
+        )
     config = SFTConfig(
         output_dir=str(output_dir),
         learning_rate=settings.learning_rate,

@@ -4,6 +4,7 @@ purpose.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -137,8 +138,10 @@ class ScriptedServer:
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
                 self.end_headers()
-                for chunk in chunks:
-                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                # Whoever asked may be gone by now.
+                with contextlib.suppress(ConnectionError):
+                    for chunk in chunks:
+                        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
                 self.close_connection = True
 
             def log_message(self, *_: Any) -> None:
