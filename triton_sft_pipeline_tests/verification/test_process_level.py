@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -24,10 +25,12 @@ _CHEATS = [case for case in CHEATS if not case.needs_namespaces and case not in 
 def plain_judge() -> Iterator[KernelJudge]:
     """A judge whose kernels get processes without namespaces."""
     client = functools.partial(judge_module.ZygoteClient, options=["--level", "process"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge_module, "ZygoteClient", client)
-        with KernelJudge(device="cpu", workers=2, trials=3) as judge:
-            yield judge
+    with ExitStack() as stack:
+        # Undone at once: other judges of this process shall have namespaces.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(judge_module, "ZygoteClient", client)
+            judge = stack.enter_context(KernelJudge(device="cpu", workers=2, trials=3))
+        yield judge
 
 
 def test_the_verdict_says_that_there_were_no_namespaces(plain_judge: KernelJudge) -> None:
