@@ -6,6 +6,7 @@ import functools
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -37,8 +38,11 @@ def huge_judge() -> Iterator[KernelJudge]:
         patch.setattr(examination, "_MANY", 32)
         patch.setattr(module, "inspect_source", lambda code: None)
         options = ["--tasks", json.dumps(_TASKS)]
-        patch.setattr(module, "ZygoteClient", functools.partial(ZygoteClient, options=options))
-        with KernelJudge(device="cpu", workers=2, trials=5) as judge:
+        with ExitStack() as stack:
+            # Undone at once: other judges of this process shall have the real tasks.
+            with pytest.MonkeyPatch.context() as at_start:
+                at_start.setattr(module, "ZygoteClient", functools.partial(ZygoteClient, options=options))
+                judge = stack.enter_context(KernelJudge(device="cpu", workers=2, trials=5))
             yield judge
 
 
