@@ -159,7 +159,6 @@ def telling_gpu() -> Any:
     """The pipeline's GPU, which tells how far it is wherever it is told: the trainer's own bar fills a log file."""
     from triton_sft_pipeline.progress import Lines, on_a_terminal
     from triton_sft_pipeline.resources import GPUResource
-    from triton_sft_pipeline.training.run import train_on_dataset
 
     class TellingGPU(GPUResource):
         def train(self, config: Any, dataset: Path, output: Path, on_log: Any) -> Any:
@@ -171,7 +170,7 @@ def telling_gpu() -> Any:
                 on_log(step, metrics)
                 lines.say(", ".join([f"step {step}", *(f"{n} {v:.4g}" for n, v in metrics.items() if "loss" in n)]))
 
-            return train_on_dataset(config.model, config.lora, config.training, dataset, output, on_log=told)
+            return GPUResource(progress=False).train(config, dataset, output, told)
 
     return TellingGPU(progress=True)
 

@@ -1,8 +1,7 @@
 """A 4-bit model that answers: its linear layers unpacked once instead of at every token, where the GPU has the room.
 
 bitsandbytes unpacks a weight whenever it is used and then multiplies: the same numbers, up to the order in which they
-are added, as multiplying with a weight that was unpacked before. For a token of a small model unpacking is most of the
-work. Routed experts stay packed.
+are added, as multiplying with a weight that was unpacked before. Routed experts stay packed.
 """
 
 from __future__ import annotations

@@ -268,7 +268,8 @@ def outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 
 
 NARROW = 64
-"""Columns up to which a factor counts as narrow: wider ones fill the tiles of a general product."""
+"""Columns up to which a factor counts as narrow. For 8 and for 64 the kernels were the faster ones on an H200, for 64
+by a sixth at least; wider ones were not measured."""
 
 
 def _narrow(tensor: Tensor, rank: int) -> bool:

@@ -11,7 +11,9 @@ def cached_models(names: Iterable[str]) -> list[Path]:
     names = sorted(set(names))
     if not names:
         return []
-    folders = (_cache() / f"models--{name.replace('/', '--')}" for name in names)
+    from huggingface_hub.file_download import repo_folder_name
+
+    folders = (_cache() / repo_folder_name(repo_id=name, repo_type="model") for name in names)
     return [folder for folder in folders if folder.is_dir()]
 
 
